@@ -1,0 +1,2 @@
+"""lococo."""
+from lococo.attach import attach

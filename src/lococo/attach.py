@@ -1,0 +1,273 @@
+"""Attach a compressor to a model for the time of a `with` block."""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from lococo import attention, compressors
+from lococo.cache import Positions, SlotCache, grows
+from lococo.compressors import Compressor, Shape
+from lococo.errors import ArgumentError, LococoError, UnsupportedModelError, WindowError
+from lococo.facts import ModelFacts
+from lococo.rope import Rotary
+
+
+class Attachment:
+    """A model that can read in slots; made by `attach`, active inside `with`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        compressor: str | Compressor,
+        slots_per_layer: Sequence[int],
+        chunk_size: int,
+        positions: Positions,
+    ) -> None:
+        self.model = model
+        self.decoder = model.base_model
+        self.chunk_size = chunk_size
+        self.positions = positions
+        self.slots_per_layer = list(slots_per_layer)
+        self.facts = ModelFacts.of(model)
+        self.layers = slot_layer_indices(model)
+        self.rotary = Rotary(self.decoder)
+        self.compressor = self._make(compressor)
+        self._restore: Callable[[], None] | None = None
+
+    def _make(self, compressor: str | Compressor) -> Compressor | None:
+        """Return the compressor, on the model's device; None stands for "full"."""
+        if compressor == "full":
+            return None
+        if isinstance(compressor, str):
+            by_layer = dict(zip(self.layers, self.slots_per_layer, strict=True))
+            compressor = compressors.make(compressor, Shape(by_layer, self.facts.head_dim))
+        for module in compressors.modules(compressor):
+            module.to(self.model.device)
+        least = compressor.min_slots()
+        if min(self.slots_per_layer) < least:
+            raise ArgumentError(
+                f"{compressor.name} keeps {least - 1} first and last entries and needs at least {least} slots in every "
+                f"layer, but {min(self.slots_per_layer)} were given; raise num_slots"
+            )
+        return compressor
+
+    def new_cache(self) -> Cache:
+        """Return an empty cache for `past_key_values`: a SlotCache, or transformers' DynamicCache for "full"."""
+        empty = DynamicCache(config=self.model.config)
+        if self.compressor is None:
+            return empty
+        return SlotCache(
+            empty.layers,
+            self.compressor,
+            self.slots_per_layer,
+            self.chunk_size,
+            self.positions,
+            self.rotary,
+            window_of(self.model),
+        )
+
+    def __enter__(self) -> "Attachment":
+        """Let the model read in slots.
+
+        Raises:
+            LococoError: If the model is attached already.
+        """
+        config = self.decoder.config
+        implementation = config._attn_implementation
+        if implementation.startswith(attention.PREFIX):
+            raise LococoError("the model is attached already; leave the first `with attach(...)` before the second")
+        own_forward = self.decoder.__dict__.get("forward")
+        forward = self.decoder.forward
+
+        def restore() -> None:
+            config._attn_implementation = implementation
+            if own_forward is None:
+                del self.decoder.forward
+            else:
+                self.decoder.forward = own_forward
+
+        self._restore = restore
+        config._attn_implementation = attention.register(implementation)
+        self.decoder.forward = _reading_in_chunks(forward)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Leave the model as it was found."""
+        assert self._restore is not None
+        self._restore()
+        self._restore = None
+
+
+def attach(
+    model: PreTrainedModel,
+    compressor: str | Compressor = "mass-merge",
+    *,
+    num_slots: int = 512,
+    chunk_size: int = 256,
+    positions: Positions = "original",
+    slots_per_layer: Sequence[int] | None = None,
+) -> Attachment:
+    """Let a model read text of any length in a fixed number of key/value slots.
+
+    Args:
+        model: A decoder of transformers with attention.
+        compressor: A name of `lococo.COMPRESSORS`, a pair "selection+merge", a folder of heads, or a Compressor.
+        num_slots: Entries that survive a compression, per layer and key/value head.
+        chunk_size: Tokens per forward pass; the cache holds num_slots + chunk_size entries.
+        positions: "original", or "packed" for texts longer than the model's window, see `SlotCache`.
+        slots_per_layer: Another number of slots for every layer, of mean num_slots; see `lococo.budgets`.
+
+    Returns:
+        A context manager; inside, `new_cache()` makes caches for `model.generate(past_key_values=...)` and for the
+        functions of `lococo.reader`. Afterwards the model is as it was.
+
+    Raises:
+        ArgumentError: If a number is out of range or a name unknown.
+        UnsupportedModelError: If the model has no key/value cache that slots could replace.
+
+    Example:
+        >>> with lococo.attach(model, "mass-merge", num_slots=256) as slots:
+        ...     model.generate(**inputs, past_key_values=slots.new_cache())
+    """
+    for name, value in (("num_slots", num_slots), ("chunk_size", chunk_size)):
+        if not isinstance(value, int) or value < 1:
+            raise ArgumentError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if positions not in ("original", "packed"):
+        raise ArgumentError(f"positions must be 'original' or 'packed', got {positions!r}")
+    window, layers = window_of(model), slot_layer_indices(model)
+    if slots_per_layer is None:
+        slots_per_layer = [num_slots] * len(layers)
+    if len(slots_per_layer) != len(layers) or min(slots_per_layer) < 1:
+        raise ArgumentError(
+            f"slots_per_layer must hold a positive number for each of the {len(layers)} layers, got {list(slots_per_layer)}"
+        )
+    widest = max(slots_per_layer) + chunk_size
+    if compressor != "full" and window is not None and widest > window:
+        raise ArgumentError(
+            f"{max(slots_per_layer)} slots and a chunk of {chunk_size} do not fit the model's window of {window}; lower them"
+        )
+    return Attachment(model, compressor, slots_per_layer, chunk_size, positions)
+
+
+def window_of(model: PreTrainedModel) -> int | None:
+    """Return how many positions the model was trained for, or None where it says nothing."""
+    window = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return window if window and window < math.inf else None
+
+
+def slot_layer_indices(model: PreTrainedModel) -> list[int]:
+    """Return the layers whose cache grows with the text, which are those that slots replace.
+
+    Raises:
+        UnsupportedModelError: If there are none.
+    """
+    kind = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{kind} is an encoder-decoder model; lococo compresses the cache of decoder models")
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModelError(f"{kind} keeps a recurrent state, not a key/value cache; there is nothing to compress")
+    layers = [i for i, layer in enumerate(DynamicCache(config=model.config).layers) if grows(layer)]
+    if not layers:
+        raise UnsupportedModelError(
+            f"no layer of {kind} has a cache that grows with the text (all are sliding or recurrent); "
+            "its memory is constant already"
+        )
+    return layers
+
+
+def _reading_in_chunks(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the decoder's forward so that a call with a SlotCache is read chunk by chunk, whatever its length."""
+    signature = inspect.signature(forward)
+
+    def read(*args: Any, **kwargs: Any) -> Any:
+        arguments = signature.bind(*args, **kwargs).arguments
+        arguments.update(arguments.pop("kwargs", {}))
+        cache = arguments.get("past_key_values")
+        if not isinstance(cache, SlotCache):
+            return forward(*args, **kwargs)
+        return _read_columns(forward, cache, arguments)
+
+    read.__signature__ = signature  # type: ignore[attr-defined]  # generate() looks at it
+    return read
+
+
+def _read_columns(forward: Callable[..., Any], cache: SlotCache, arguments: dict[str, Any]) -> Any:
+    inputs: Tensor = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
+    batch, columns = inputs.shape[:2]
+    seen = cache.rows.seen
+    real = _real_columns(arguments.get("attention_mask"), columns, seen)
+    position_ids = arguments.get("position_ids")
+    _check_window(cache, batch, columns, position_ids)
+    outputs = []
+    start = 0
+    while start < columns:
+        rest = None if real is None else real[:, start:]
+        places = None if position_ids is None else position_ids[:, start:]
+        with cache.chunk(batch, columns - start, rest, places, inputs.device) as chunk:
+            stop = start + chunk.length
+            piece = {name: _cut(name, value, start, stop, seen) for name, value in arguments.items()}
+            piece.update(position_ids=chunk.position_ids, slot_cache=cache)
+            outputs.append(forward(**piece))
+        start = stop
+    return outputs[0] if len(outputs) == 1 else _join(outputs)
+
+
+# Arguments with one entry per column of the call.
+PER_COLUMN = ("input_ids", "inputs_embeds", "token_type_ids")
+
+
+def _cut(name: str, value: Any, start: int, stop: int, seen: int) -> Any:
+    """Return what a chunk gets of an argument of the whole call."""
+    if name == "attention_mask" and value is not None:
+        return value[:, : seen + stop]
+    return value[:, start:stop] if name in PER_COLUMN and value is not None else value
+
+
+def _real_columns(attention_mask: Any, columns: int, seen: int) -> Tensor | None:
+    """Return which columns of a call are tokens, (b columns) bool; None where all are."""
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or attention_mask.shape[1] != seen + columns:
+        shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+        raise ArgumentError(
+            f"a SlotCache that has seen {seen} columns takes an attention mask of shape (batch, {seen + columns}), got {shape}"
+        )
+    real = attention_mask[:, -columns:].bool()
+    return None if bool(real.all()) else real
+
+
+def _check_window(cache: SlotCache, batch: int, columns: int, position_ids: Tensor | None) -> None:
+    if position_ids is not None and position_ids.ndim != 2:
+        raise UnsupportedModelError("positions of more than one dimension (of images) cannot be read in slots yet")
+    # A decoding step is let through: stopping an answer in its middle helps nobody.
+    if cache.positions == "packed" or cache.window is None or columns == 1:
+        return
+    end = max(cache.rows.next_position, default=0) + columns if position_ids is None else int(position_ids.max()) + 1
+    if end > cache.window:
+        raise WindowError(
+            f"the text reaches position {end}, but the model was trained for {cache.window} and positions are 'original'; "
+            "use positions='packed' to read further"
+        )
+
+
+def _join(outputs: list[Any]) -> Any:
+    """Put the outputs of a call's chunks together."""
+    if isinstance(outputs[0], tuple):
+        return (torch.cat([output[0] for output in outputs], 1), *outputs[-1][1:])
+    joined: ModelOutput = outputs[-1]
+    if getattr(joined, "attentions", None) is not None:
+        raise ArgumentError("attention maps over slots have a width of their own in every chunk; read chunk by chunk")
+    joined["last_hidden_state"] = torch.cat([output.last_hidden_state for output in outputs], 1)
+    if getattr(joined, "hidden_states", None) is not None:
+        layers = zip(*(output.hidden_states for output in outputs), strict=True)
+        joined["hidden_states"] = tuple(torch.cat(layer, 1) for layer in layers)
+    return joined

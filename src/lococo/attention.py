@@ -1,0 +1,79 @@
+"""Attention over slots and chunk, through whatever attention function the model had.
+
+A model that is attached runs under the name "lococo-<its own>" in transformers' registry of attention functions. Layers
+that hold slots get their own additive mask (causality in the chunk, padding, log_mass) and show their queries to the
+cache afterwards; every other layer, and every call without a SlotCache, runs as before.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from lococo.cache import SlotCache, SlotLayer
+from lococo.rope import modeling_function
+
+PREFIX = "lococo-"
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def register(implementation: str) -> str:
+    """Register attention over slots on top of an attention implementation of transformers.
+
+    Args:
+        implementation: "eager", "sdpa", or another name that transformers knows.
+
+    Returns:
+        The name to put into the model's config.
+    """
+    name = PREFIX + implementation
+    AttentionInterface.register(name, partial(slot_attention, implementation))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+    return name
+
+
+def slot_attention(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    slot_cache: SlotCache | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attend over slots and chunk.
+
+    Args:
+        implementation: The model's own attention implementation.
+        module: The attention module, with its `layer_idx`.
+        query: After RoPE, (b h*g q d).
+        key: What the cache's `update` returned, (b h s d).
+        value: Likewise.
+        attention_mask: transformers' mask; slot layers make their own.
+        slot_cache: The cache of this call, if it holds slots.
+        **kwargs: What the model passes on: scaling, dropout, softcap.
+
+    Returns:
+        The output (b q h*g d), and the attention map where the implementation returns one.
+    """
+    layer = None if slot_cache is None else slot_cache.layers[module.layer_idx]
+    if not isinstance(layer, SlotLayer):
+        return _function(implementation, module)(module, query, key, value, attention_mask, **kwargs)
+    # Flash and flex kernels take no bias per entry.
+    own = implementation if implementation in ("eager", "sdpa") else "sdpa"
+    output = _function(own, module)(module, query, key, value, layer.attention_bias(query), **kwargs)
+    layer.observe(query.detach(), kwargs.get("scaling") or query.shape[-1] ** -0.5, kwargs.get("softcap"))
+    return output
+
+
+def _function(implementation: str, module: nn.Module) -> AttentionFunction:
+    """Return an attention function; "eager" is the one of the module's own modelling file."""
+    function: AttentionFunction
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, modeling_function(module, "eager_attention_forward"))
+    return function

@@ -1,0 +1,84 @@
+"""The table of compressors: selections, merges, and the names that stand for a pair of them."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from lococo.compressors import selections
+from lococo.compressors.base import Compressor, Drop, Merge, Selection, SelectMerge
+from lococo.compressors.heads import load_heads
+from lococo.compressors.mass_merge import MassMerge
+from lococo.compressors.paper import PaperHeads
+from lococo.errors import ArgumentError
+
+__all__ = ["COMPRESSORS", "Compressor", "Drop", "MassMerge", "PaperHeads", "SelectMerge", "Selection", "Shape", "make"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What learned heads must fit: slots by layer index, and the size of a key."""
+
+    slots_per_layer: dict[int, int]
+    head_dim: int
+
+
+QUERIES = frozenset({"queries"})
+
+SELECTIONS: dict[str, Selection] = {
+    "streaming-llm": Selection(selections.recency, sinks=4),
+    "h2o": Selection(selections.accumulated_mass, frozenset({"mass"}), recent=None),
+    "tova": Selection(selections.last_query_mass, QUERIES),
+    "snapkv": Selection(selections.window_mass, QUERIES, recent=32),
+    "chunk-mass": Selection(selections.chunk_mass, QUERIES, recent=16),
+    "look-ahead": Selection(selections.future_mass, QUERIES, recent=16),
+}
+
+MERGES: dict[str, Callable[[Shape], Merge]] = {
+    "drop": lambda shape: Drop(),
+    "mass-merge": lambda shape: MassMerge(),
+    "lococo-paper": lambda shape: PaperHeads(shape.slots_per_layer, shape.head_dim),
+}
+
+# Names of their own for the pairs that are used most; any other pair is written "selection+merge".
+PAIRS = {
+    **{name: (name, "drop") for name in SELECTIONS},
+    "mass-merge": ("look-ahead", "mass-merge"),
+    "lococo-paper": ("chunk-mass", "lococo-paper"),
+}
+
+COMPRESSORS = ("full", *PAIRS)
+
+
+def make(name: str, shape: Shape) -> Compressor:
+    """Make a compressor.
+
+    Args:
+        name: A name of `COMPRESSORS` other than "full", a pair "selection+merge", or a folder with saved heads.
+        shape: What learned heads have to fit.
+
+    Returns:
+        The compressor.
+
+    Raises:
+        ArgumentError: If the name is unknown; the message names the nearest.
+        FileFormatError: If saved heads are damaged or of another shape.
+    """
+    if Path(name).is_dir():
+        selection, heads = load_heads(Path(name), shape.slots_per_layer, shape.head_dim)
+        return SelectMerge(name, SELECTIONS[selection], heads)
+    selection, _, merge = ("+".join(PAIRS[name]) if name in PAIRS else name).partition("+")
+    if selection not in SELECTIONS or merge not in MERGES:
+        known = [*COMPRESSORS, *(f"{s}+{m}" for s in SELECTIONS for m in MERGES if m != "drop")]
+        nearest = difflib.get_close_matches(name, known, 1, 0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else "or a pair such as 'h2o+mass-merge', or a folder of heads"
+        raise ArgumentError(f"unknown compressor {name!r}; expected one of {', '.join(COMPRESSORS)}; {hint}")
+    return SelectMerge(name, SELECTIONS[selection], MERGES[merge](shape))
+
+
+def modules(compressor: Compressor) -> list[nn.Module]:
+    """Return the trainable parts of a compressor."""
+    merge = getattr(compressor, "merge", None)
+    return [merge] if isinstance(merge, nn.Module) else []

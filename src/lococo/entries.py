@@ -1,0 +1,140 @@
+"""What one layer hands to a compressor, and the attention mass read off it."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lococo.rope import LayerRotary
+
+# Rows of queries whose attention map is held at once: (b h g QUERY_ROWS s) floats.
+QUERY_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The entries of one layer, in temporal order and without padding.
+
+    Attributes:
+        keys: After RoPE at `positions`, (b h s d).
+        values: (b h s d).
+        positions: Where the keys are rotated to, (b h s), float32; fractional for a slot between tokens.
+        log_mass: Logarithm of how many tokens an entry stands for, added to its attention logit, (b h s), float32.
+        token_index: Which token of the text an entry is (for a merged slot: its anchor), (b h s), int64.
+        mass: Attention mass received since the entry came, summed over queries and query groups, (b h s), float32;
+            None unless the compressor observes "mass".
+        queries: Queries of the last w tokens after RoPE, oldest first, (b h g w d); they belong to the last w entries.
+            None unless the compressor observes "queries".
+        rotary: Rotates this layer's keys and queries.
+        scaling: Factor of the attention logits, usually 1 / sqrt(d).
+        softcap: Gemma 2's cap of the attention logits, or None.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    log_mass: Tensor
+    token_index: Tensor
+    mass: Tensor | None
+    queries: Tensor | None
+    rotary: LayerRotary
+    scaling: float
+    softcap: float | None = None
+
+    def __len__(self) -> int:
+        return self.keys.shape[2]
+
+    def take(self, index: Tensor) -> "Entries":
+        """Return the entries at `index` (b h m), which must ascend along m to keep the temporal order."""
+        rows = index[..., None].expand(-1, -1, -1, self.keys.shape[-1])
+        return replace(
+            self,
+            keys=self.keys.gather(2, rows),
+            values=self.values.gather(2, index[..., None].expand(-1, -1, -1, self.values.shape[-1])),
+            positions=self.positions.gather(2, index),
+            log_mass=self.log_mass.gather(2, index),
+            token_index=self.token_index.gather(2, index),
+            mass=None if self.mass is None else self.mass.gather(2, index),
+        )
+
+    def unrotated_keys(self) -> Tensor:
+        """Return the keys as they were before RoPE, (b h s d)."""
+        return self.rotary.rotate(self.keys, -self.positions)
+
+    def chunk_mass(self, last: int | None = None) -> Tensor:
+        """Return the mass that the last chunk's own (causal) attention gave each entry, (b h s).
+
+        Args:
+            last: Count only this many of the latest queries; None counts all that were observed.
+        """
+        queries = self._observed_queries()
+        if last is not None:
+            queries = queries[..., -last:, :]
+        seen = torch.arange(len(self) - queries.shape[3], len(self), device=queries.device) + 1
+        return self._mass_from(queries, seen[None])
+
+    @cached_property
+    def future_mass(self) -> Tensor:
+        """Mass that the last chunk's queries would give from one chunk later, (b h s).
+
+        The queries of the next chunk are unknown; those of the last one, rotated that many positions ahead and freed of
+        the causal mask, are their best stand-in.
+        """
+        queries = self._observed_queries()
+        b, h, g, w, d = queries.shape
+        ahead = queries.new_full((1, 1, 1), float(w), dtype=torch.float32)
+        moved = self.rotary.rotate(queries.reshape(b, h * g, w, d), ahead).view(b, h, g, w, d)
+        return self._mass_from(moved, None)
+
+    def _observed_queries(self) -> Tensor:
+        assert self.queries is not None, "a compressor that reads queries must declare it in `observes`"
+        return self.queries
+
+    def _mass_from(self, queries: Tensor, visible: Tensor | None) -> Tensor:
+        return attention_mass(
+            self.keys, self.log_mass, queries, scaling=self.scaling, softcap=self.softcap, visible=visible
+        )
+
+
+@torch.no_grad()
+def attention_mass(
+    keys: Tensor,
+    log_mass: Tensor,
+    queries: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    visible: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Sum the attention probabilities that queries give each entry.
+
+    Args:
+        keys: Entries attended to, after RoPE, (b h s d).
+        log_mass: Added to their logits, (b h s).
+        queries: After RoPE, (b h g q d).
+        scaling: Factor of the logits.
+        softcap: Gemma 2's cap of the logits.
+        visible: How many leading entries each query sees, (b q) or (1 q); None: all of them.
+        weight: Factor of each query's probabilities, (b q); 0 leaves a padded query out.
+
+    Returns:
+        Column sums over queries and groups, (b h s), float32; they add up to g * q per key/value head.
+    """
+    keys = keys.float()
+    mass = keys.new_zeros(keys.shape[:3])
+    columns = torch.arange(keys.shape[2], device=keys.device)
+    for start in range(0, queries.shape[3], QUERY_ROWS):
+        rows = slice(start, start + QUERY_ROWS)
+        logits = torch.einsum("bhgqd,bhsd->bhgqs", queries[..., rows, :].float() * scaling, keys)
+        if softcap is not None:
+            logits = torch.tanh(logits / softcap) * softcap
+        logits += log_mass[:, :, None, None, :]
+        if visible is not None:
+            logits.masked_fill_((columns >= visible[:, rows, None])[:, None, None], -torch.inf)
+        probabilities = logits.softmax(-1)
+        if weight is not None:
+            probabilities *= weight[:, None, None, rows, None]
+        mass += probabilities.sum((2, 3))
+    return mass

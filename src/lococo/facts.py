@@ -1,0 +1,78 @@
+"""What a file that belongs to a model records about it, and the comparison when the file comes back."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lococo.errors import FileFormatError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """The shape of a model's key/value cache.
+
+    Attributes:
+        model: Name of the model.
+        num_hidden_layers: Decoder layers.
+        num_key_value_heads: Key/value heads of a layer.
+        head_dim: Size of a key.
+        vocab_size: Tokens the model knows.
+        rope: Its RoPE settings, {} for a model without.
+    """
+
+    model: str
+    num_hidden_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rope: dict[str, Any]
+
+    @staticmethod
+    def of(model: PreTrainedModel) -> "ModelFacts":
+        """Read them off a model's config.
+
+        Raises:
+            UnsupportedModelError: If the config names no attention heads, as those of Mamba models.
+        """
+        from lococo.models import model_id
+
+        config = model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_attention_heads", None)
+        if not heads:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has no attention heads, so no key/value cache that slots could replace; "
+                "use a decoder model with attention"
+            )
+        return ModelFacts(
+            model=model_id(model),
+            num_hidden_layers=config.num_hidden_layers,
+            num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocab_size=config.vocab_size,
+            rope=dict(getattr(config, "rope_parameters", None) or {}),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return them as JSON takes them."""
+        return asdict(self)
+
+    def check(self, recorded: dict[str, Any], what: str) -> None:
+        """Compare with what a file recorded.
+
+        Args:
+            recorded: The `to_dict()` of the model the file was made for.
+            what: The file, for the message.
+
+        Raises:
+            FileFormatError: If they differ; names both sides. The same model under another name is let through.
+        """
+        mine = self.to_dict()
+        differing = [key for key in mine if key != "model" and recorded.get(key) != mine[key]]
+        if differing:
+            theirs = ", ".join(f"{key} {recorded.get(key)}" for key in differing)
+            ours = ", ".join(f"{key} {mine[key]}" for key in differing)
+            raise FileFormatError(
+                f"{what} was made for {recorded.get('model', 'another model')} ({theirs}), "
+                f"but the model here is {self.model} ({ours}); load it with the model it was made for"
+            )

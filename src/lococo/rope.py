@@ -1,0 +1,117 @@
+"""Rotate cached keys between positions, with the model's own rotary embedding.
+
+Cached keys are stored after RoPE. RoPE is a group: rotating a key from position p to position p' is rotating it by p' - p,
+and un-rotating it is rotating it by -p, so one operation serves merging, packing and looking ahead. Frequencies, scaling,
+partial and interleaved layouts come from the model's own `rotary_emb` and `apply_rotary_pos_emb`; models without RoPE get
+the identity.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lococo.errors import UnsupportedModelError
+
+
+class Rotary:
+    """Rotations of one decoder; `Rotary.of_layer` gives the one of a layer."""
+
+    def __init__(self, decoder: PreTrainedModel) -> None:
+        """Find the decoder's rotary embedding.
+
+        Args:
+            decoder: The base model (`model.base_model`), whose modelling file also holds `apply_rotary_pos_emb`.
+
+        Raises:
+            UnsupportedModelError: If the model rotates keys in a way that cannot be undone from here.
+        """
+        self._embedding: nn.Module | None = getattr(decoder, "rotary_emb", None)
+        self._apply = modeling_function(decoder, "apply_rotary_pos_emb")
+        self._layer_types: list[str] = list(getattr(decoder.config, "layer_types", None) or [])
+        if self._embedding is None and self._apply is not None:
+            raise UnsupportedModelError(
+                f"{type(decoder).__name__} rotates its keys but has no `rotary_emb` module to ask for the angles; "
+                "it cannot be read in slots"
+            )
+        if self._embedding is not None:
+            self._check_group(decoder.config)
+
+    def of_layer(self, layer_idx: int) -> "LayerRotary":
+        """Return the rotation of one layer (local and global layers may differ in their angles)."""
+        if self._embedding is None or self._apply is None:
+            return LayerRotary(None, None)
+        embedding = self._embedding
+        # The raw forward, without transformers' decorator that rescales the model's frequencies to the largest
+        # position it is shown: asking for an angle must not change the model.
+        forward = inspect.unwrap(type(embedding).forward)
+        extra: tuple[str, ...] = ()
+        if "layer_type" in inspect.signature(forward).parameters:
+            extra = (self._layer_types[layer_idx],)
+
+        def angles(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+            cos, sin = forward(embedding, x, positions, *extra)
+            return cos, sin
+
+        return LayerRotary(angles, self._apply)
+
+    def _check_group(self, config: object) -> None:
+        """Probe that rotating there and back is the identity, for every kind of layer."""
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # type: ignore[attr-defined]
+        probe = torch.linspace(-1, 1, head_dim).view(1, 1, 1, head_dim).to(next(iter(self._buffers()), torch.zeros(())).device)
+        delta = torch.full((1, 1, 1), 7.5, device=probe.device)
+        for layer_idx in range(len(self._layer_types) or 1):
+            rotary = self.of_layer(layer_idx)
+            back = rotary.rotate(rotary.rotate(probe, delta), -delta)
+            if not torch.allclose(back, probe, atol=1e-4):
+                raise UnsupportedModelError("the model's rotary embedding is not undone by rotating back; it cannot be read in slots")
+
+    def _buffers(self) -> list[Tensor]:
+        return [] if self._embedding is None else list(self._embedding.buffers())
+
+
+class LayerRotary:
+    """The rotation of one layer's keys and queries."""
+
+    def __init__(
+        self,
+        angles: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
+        apply: Callable[..., tuple[Tensor, Tensor]] | None,
+    ) -> None:
+        self._angles = angles
+        self._apply = apply
+
+    def rotate(self, x: Tensor, delta: Tensor) -> Tensor:
+        """Rotate keys or queries by a number of positions, fractional or negative.
+
+        Args:
+            x: Keys or queries after RoPE, (b h s d).
+            delta: Positions to move by, broadcastable to (b h s).
+
+        Returns:
+            The rotated tensor, (b h s d), in the dtype of `x`; `x` itself for a model without RoPE.
+        """
+        if self._angles is None or self._apply is None:
+            return x
+        b, h, s, d = x.shape
+        wide = x.float().reshape(b * h, 1, s, d)
+        steps = delta.to(wide).expand(b, h, s).reshape(b * h, s)
+        cos, sin = self._angles(wide, steps)
+        # YaRN and longrope multiply cos and sin by a factor that the stored keys already carry; it is cos(0).
+        factor = self._angles(wide, steps.new_zeros(1, 1))[0][..., :1]
+        _, rotated = self._apply(wide[:, :0], wide, cos / factor, sin / factor)
+        return rotated.view(b, h, s, d).to(x.dtype)
+
+
+def modeling_function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """Return a function of the modelling file that defines the module's class, or None where it has none."""
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("torch."):
+            return None
+        function = getattr(sys.modules[cls.__module__], name, None)
+        if function is not None:
+            return function  # type: ignore[no-any-return]
+    return None

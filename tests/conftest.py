@@ -1,0 +1,39 @@
+"""What every test file shares: offline libraries, two threads, the corpora and the default model."""
+
+import os
+
+# Before anything imports transformers: a test that reaches for the hub fails instead of waiting for it.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of the corpora: $LOCOCO_SHARED_DATA, or shared/data beside the repository."""
+    folder = Path(os.environ.get("LOCOCO_SHARED_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no corpora at {folder}; set LOCOCO_SHARED_DATA to their folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def default_model() -> tuple[Any, Any]:
+    """The embedded default model and its tokenizer, loaded once; do not change them."""
+    import lococo
+    from lococo.errors import ModelError
+
+    try:
+        model, tokenizer = lococo.load_model()
+    except ModelError as error:
+        pytest.skip(f"no default model: {error}")
+    return model, tokenizer

@@ -14,6 +14,7 @@ frequencies, a bias) would otherwise load and be silently wrong.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import subprocess
@@ -239,24 +240,21 @@ def _failure(subject: str, error: Exception) -> str:
 def _quiet(*, progress: bool) -> Iterator[None]:
     """Hold back transformers' warnings, and its bars unless they show a download."""
     from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
+    from transformers.utils import logging as own_logging
 
-    verbosity, hub_verbosity, bars = (
-        logging.get_verbosity(),
-        hub_logging.get_verbosity(),
-        logging.is_progress_bar_enabled(),
-    )
-    logging.set_verbosity(logging.ERROR)
+    levels = own_logging.get_verbosity(), hub_logging.get_verbosity()
+    hide = not progress and own_logging.is_progress_bar_enabled()
+    own_logging.set_verbosity(logging.ERROR)
     hub_logging.set_verbosity(logging.ERROR)
-    if not progress:
-        logging.disable_progress_bar()
+    if hide:
+        own_logging.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
-        hub_logging.set_verbosity(hub_verbosity)
-        if bars and not progress:
-            logging.enable_progress_bar()
+        own_logging.set_verbosity(levels[0])
+        hub_logging.set_verbosity(levels[1])
+        if hide:
+            own_logging.enable_progress_bar()
 
 
 def _cache_root() -> Path:

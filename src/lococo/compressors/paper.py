@@ -97,7 +97,7 @@ class PaperHeads(nn.Module):
                 f"but {m} were asked for; use the number they were made for"
             )
         # Rank within the kept ones; infinite scores (protected entries) come first.
-        order = scores.gather(2, kept).sort(-1, descending=True, stable=True).indices
+        order = scores.gather(2, kept).sort(dim=-1, descending=True, stable=True).indices
         places = order[..., int(m * self.heavy_share) :].sort(-1).values
         anchors = kept.gather(2, places)
         stays = kept.gather(2, order[..., : int(m * self.heavy_share)])

@@ -1,0 +1,229 @@
+"""Contexts on disk: what a model has read, in one safetensors file, to be asked many times.
+
+The header holds everything but tensors as JSON, so that `describe_context` reads no weights. Nothing is pickled, and the
+file is written aside and moved into place, so that it is complete or absent at any moment.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lococo.attachment import Attachment
+from lococo.cache import SlotCache, SlotLayer
+from lococo.compressors.heads import write_atomically
+from lococo.errors import DocumentError, FileFormatError
+from lococo.facts import ModelFacts
+from lococo.models import tokenizer_fingerprint
+
+FORMAT_VERSION = 1
+KEY = "lococo_context"
+
+
+@dataclass(frozen=True)
+class ContextInfo:
+    """What a context's header says.
+
+    Attributes:
+        path: The file.
+        model: Name of the model that read it.
+        compressor: Name of the compressor.
+        slots_per_layer: Of the layers that hold slots.
+        chunk_size: Tokens per forward pass.
+        positions: "original" or "packed".
+        tokens: Tokens read.
+        nbytes: Size of the file.
+    """
+
+    path: Path
+    model: str
+    compressor: str
+    slots_per_layer: list[int]
+    chunk_size: int
+    positions: str
+    tokens: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Context:
+    """A context that was loaded.
+
+    Attributes:
+        cache: Goes on from where it was saved.
+        token_ids: All tokens that were read, (n).
+        info: Its header.
+    """
+
+    cache: SlotCache
+    token_ids: Tensor
+    info: ContextInfo
+
+
+def save_context(
+    path: str | os.PathLike[str],
+    cache: SlotCache,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    token_ids: Sequence[int],
+) -> None:
+    """Write what a cache holds, and the tokens it has read.
+
+    Args:
+        path: The file; replaced if it exists.
+        cache: Of one or more rows.
+        model: That read it.
+        tokenizer: That made the ids.
+        token_ids: What was read.
+    """
+    tensors: dict[str, Tensor] = {"token_ids": torch.as_tensor(list(token_ids), dtype=torch.int32)}
+    for i, layer in enumerate(cache.layers):
+        if not layer.is_initialized:
+            continue
+        names = SlotLayer.row_tensors if isinstance(layer, SlotLayer) else ("keys", "values")
+        for name in names:
+            tensor = getattr(layer, name)
+            if tensor is not None:
+                tensors[f"{i}.{name}"] = _stored(layer, name, tensor)
+    header = {
+        "format_version": FORMAT_VERSION,
+        "facts": ModelFacts.of(model).to_dict(),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "compressor": cache.compressor.name,
+        "slots_per_layer": cache.slots_per_layer,
+        "chunk_size": cache.chunk_size,
+        "positions": cache.positions,
+        "rows": {name: getattr(cache.rows, name) for name in ROW_STATE},
+        "layers": [_layer_state(layer) for layer in cache.layers],
+    }
+    write_atomically(Path(path), safetensors.torch.save(tensors, metadata={KEY: json.dumps(header)}))
+
+
+ROW_STATE = ("seen", "tokens", "fresh", "room", "next_position")
+# Attributes of a layer beside its tensors; a sliding layer of transformers counts its columns.
+LAYER_STATE = ("held", "carries_mass", "scaling", "softcap", "cumulative_length")
+
+
+def _layer_state(layer: Any) -> dict[str, Any]:
+    return {name: getattr(layer, name) for name in LAYER_STATE if hasattr(layer, name)}
+
+
+def _stored(layer: Any, name: str, tensor: Tensor) -> Tensor:
+    """Return what is worth writing of a layer's tensor: the part of the buffer that is filled."""
+    tensor = tensor.detach().cpu()
+    if isinstance(layer, SlotLayer) and name != "queries":
+        tensor = tensor[:, :, : max(layer.filled)]
+    return tensor.contiguous()
+
+
+def describe_context(path: str | os.PathLike[str]) -> ContextInfo:
+    """Read a context's header.
+
+    Raises:
+        DocumentError: If there is no such file.
+        FileFormatError: If it is no context, or damaged.
+    """
+    return _info(Path(path), _header(Path(path)))
+
+
+def _info(path: Path, header: dict[str, Any]) -> ContextInfo:
+    return ContextInfo(
+        path=path,
+        model=header["facts"]["model"],
+        compressor=header["compressor"],
+        slots_per_layer=header["slots_per_layer"],
+        chunk_size=header["chunk_size"],
+        positions=header["positions"],
+        tokens=max(header["rows"]["tokens"], default=0),
+        nbytes=path.stat().st_size,
+    )
+
+
+def _header(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise DocumentError(f"no such file: {path}; expected a context that `lococo compress` wrote")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})[KEY])
+        version = header["format_version"]
+        missing = {"facts", "tokenizer", "compressor", "slots_per_layer", "chunk_size", "positions", "rows", "layers"}
+        missing -= header.keys()
+    except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise FileFormatError(
+            f"{path} is damaged or no context ({error}); make it again with `lococo compress`"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise FileFormatError(f"{path} has format version {version}, this lococo reads {FORMAT_VERSION}; update lococo")
+    if missing:
+        raise FileFormatError(f"{path} is damaged: its header lacks {', '.join(sorted(missing))}; make it again")
+    return dict(header)
+
+
+def load_context(
+    path: str | os.PathLike[str], attachment: Attachment, tokenizer: PreTrainedTokenizerBase
+) -> Context:
+    """Read a context, to go on from it.
+
+    Args:
+        path: The file.
+        attachment: With the compressor, slots, chunk and positions of the file's header.
+        tokenizer: The same one that made the ids.
+
+    Raises:
+        DocumentError: If there is no such file.
+        FileFormatError: If it is damaged, or of another model, tokenizer or setting; the message names both sides.
+    """
+    path = Path(path)
+    header = _header(path)
+    attachment.facts.check(header["facts"], str(path))
+    if (fingerprint := tokenizer_fingerprint(tokenizer)) != header["tokenizer"]:
+        raise FileFormatError(
+            f"{path} was made with another tokenizer ({header['tokenizer']}, here {fingerprint}); "
+            "load the model with the tokenizer that came with it"
+        )
+    cache = attachment.new_cache()
+    _check_settings(path, header, cache)
+    assert isinstance(cache, SlotCache)
+    try:
+        tensors = safetensors.torch.load_file(path)
+        for name in ROW_STATE:
+            setattr(cache.rows, name, header["rows"][name])
+        for i, layer in enumerate(cache.layers):
+            _restore_layer(i, layer, header["layers"][i], tensors, attachment.model.device)
+        return Context(cache, tensors["token_ids"], _info(path, header))
+    except (KeyError, IndexError, RuntimeError, TypeError, safetensors.SafetensorError) as error:
+        raise FileFormatError(f"{path} is damaged ({error}); make it again with `lococo compress`") from error
+
+
+def _check_settings(path: Path, header: dict[str, Any], cache: Any) -> None:
+    names = ("slots_per_layer", "chunk_size", "positions")
+    theirs = {name: header[name] for name in names} | {"compressor": header["compressor"]}
+    ours: dict[str, Any] = {name: getattr(cache, name, None) for name in names}
+    ours["compressor"] = cache.compressor.name if isinstance(cache, SlotCache) else "full"
+    differing = [name for name in theirs if theirs[name] != ours[name]]
+    if differing:
+        said = "; ".join(f"{name}: {theirs[name]} in the file, {ours[name]} here" for name in differing)
+        raise FileFormatError(f"{path} was made with other settings ({said}); attach with those of the file")
+
+
+def _restore_layer(i: int, layer: Any, state: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
+    own = {name.partition(".")[2]: tensor.to(device) for name, tensor in tensors.items() if name.startswith(f"{i}.")}
+    if not own:
+        return
+    layer.lazy_initialization(own["keys"], own["values"])
+    for name, tensor in own.items():
+        if isinstance(layer, SlotLayer) and name != "queries":
+            getattr(layer, name)[:, :, : tensor.shape[2]] = tensor
+        else:
+            setattr(layer, name, tensor)
+    for name, value in state.items():
+        setattr(layer, name, value)

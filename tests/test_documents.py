@@ -1,6 +1,7 @@
 """Documents come as exact pieces of text, and their token ids are those of the whole text at once."""
 
 import io
+import json
 import random
 import sys
 from pathlib import Path
@@ -111,14 +112,14 @@ def test_pdf_gives_text_of_its_pages(tmp_path):
 def test_encrypted_pdf_is_refused(tmp_path):
     writer = pdf_with("secret")
     writer.encrypt("password", algorithm="RC4-128")
-    with pytest.raises(DocumentError, match="encrypted PDF; save it without a password"):
+    with pytest.raises(DocumentError, match=r"encrypted PDF; save it without a password"):
         text_of(saved(writer, tmp_path / "a.pdf"))
 
 
 def test_pdf_without_text_is_refused(tmp_path):
     writer = PdfWriter()
     writer.add_blank_page(200, 200)
-    with pytest.raises(DocumentError, match="PDF without text .*OCR"):
+    with pytest.raises(DocumentError, match=r"PDF without text .*OCR"):
         text_of(saved(writer, tmp_path / "a.pdf"))
 
 
@@ -242,7 +243,7 @@ def sentencepiece() -> PreTrainedTokenizerFast:
     plain = trained(None, pre_tokenizers.Metaspace()).backend_tokenizer
     vocab = plain.get_vocab(with_added_tokens=True)
     vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)} | {"<unk>": len(vocab) + 256}
-    merges = [tuple(pair) for pair in __import__("json").loads(plain.to_str())["model"]["merges"]]
+    merges = [tuple(pair) for pair in json.loads(plain.to_str())["model"]["merges"]]
     model = models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -329,14 +330,18 @@ def test_long_text_gives_no_warning(gpt2, caplog):
     assert not caplog.records
 
 
-def test_unsafe_cut_is_taken_back(gpt2, monkeypatch):
-    """Without the rule that no run of spaces is cut, the check against the next window alone must keep ids right."""
-    found, after = [], documents._after
-    monkeypatch.setattr(documents._Windows, "_ends_word", lambda _, tokens, i: documents._ends_token(tokens, i))
-    monkeypatch.setattr(documents, "_after", lambda *given: found.append(after(*given)) or found[-1])
-    text = "x" + " " * 5000 + "y " + "ab" * 2000 + " \n" * 300
-    assert streamed(gpt2, [text], block_chars=100) == whole(gpt2, text)
-    assert None in found
+def test_cut_that_the_next_window_contradicts_is_taken_back(gpt2, windows, monkeypatch):
+    calls, after = [], documents._after
+
+    def contradicted(tokens, lead):
+        calls.append(bool(lead.ids))
+        return None if lead.ids and sum(calls) % 4 == 0 else after(tokens, lead)
+
+    monkeypatch.setattr(documents, "_after", contradicted)
+    text = demo_text()[:20_000]
+    assert streamed(gpt2, [text], block_chars=300) == whole(gpt2, text)
+    assert sum(calls) > 40
+    assert max(windows) > 750  # two windows as one
 
 
 def test_tokenizer_without_offsets_gets_the_text_at_once():

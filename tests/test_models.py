@@ -1,6 +1,7 @@
 """Models load from a name, a folder, a GGUF file or nothing, and a conversion is done once, whole or not at all."""
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -91,7 +92,7 @@ def write_gguf(path: Path, architecture: str, model, tokenizer, extra: str | Non
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
     vocab = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
-    merges = __import__("json").loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(vocab)
@@ -169,7 +170,7 @@ def test_plain_file_is_refused(tmp_path):
 
 
 def test_folder_without_a_model_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ModelError, match="cannot be loaded: .*; check the name") as caught:
+    with pytest.raises(ModelError, match=r"cannot be loaded: .*; check the name") as caught:
         load_model(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -232,7 +233,7 @@ def test_fingerprint_follows_vocabulary_and_special_tokens_only():
     [("llama", LlamaConfig, True), ("llama", LlamaConfig, False), ("qwen3", Qwen3Config, True)],
 )
 def test_gguf_converts_to_the_same_logits(tmp_path, cache, architecture, family, tied):
-    original, tokenizer = tiny(family, head_dim=8, tie_word_embeddings=tied)
+    original, tokenizer = tiny(family, tie_word_embeddings=tied)
     if tied:
         state = original.state_dict
         original.state_dict = lambda: {key: value for key, value in state().items() if key != "lm_head.weight"}
@@ -277,6 +278,25 @@ def test_gguf_with_unknown_or_missing_tensors_is_refused(tmp_path, cache):
     with pytest.raises(ModelError, match=r"misses the tensor blk\.1\.ffn_up\.weight"):
         load_model(write_gguf(tmp_path / "b.gguf", "llama", model, tokenizer))
     assert list(cache.iterdir()) == []
+
+
+def test_gguf_with_scaled_rope_is_refused(tmp_path, monkeypatch):
+    head = gguf.GGUFWriter.add_rope_freq_base
+
+    def scaled(writer, base):
+        head(writer, base)
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_rope_freq_base", scaled)
+    with pytest.raises(ModelError, match=r"scales its rope .yarn."):
+        load_model(write_gguf(tmp_path / "a.gguf", "llama", *tiny(tie_word_embeddings=False)))
+
+
+def test_gguf_with_other_shapes_is_refused(tmp_path):
+    model, tokenizer = tiny(tie_word_embeddings=False)
+    model.config.intermediate_size = 48
+    with pytest.raises(ModelError, match=r"blk\.0\.ffn_gate\.weight has the shape .64, 32.; expected .48, 32."):
+        load_model(write_gguf(tmp_path / "a.gguf", "llama", model, tokenizer))
 
 
 def test_damaged_gguf_is_refused(tmp_path, cache):
@@ -371,18 +391,18 @@ def test_two_conversions_at_once_both_end_well(wheel, cache, monkeypatch):
 
 def test_unwritable_cache_is_explained(wheel, cache):
     cache.write_text("a file where the folder should be")
-    with pytest.raises(ModelError, match="cannot be written .*set LOCOCO_CACHE"):
+    with pytest.raises(ModelError, match=r"cannot be written .*set LOCOCO_CACHE"):
         load_model()
 
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
-    assert models._cache_root() == tmp_path / "cache"
+    assert models.cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("LOCOCO_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert models._cache_root() == tmp_path / "xdg" / "lococo"
+    assert models.cache_folder() == tmp_path / "xdg" / "lococo"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert models._cache_root() == tmp_path / ".cache" / "lococo"
+    assert models.cache_folder() == tmp_path / ".cache" / "lococo"
 
 
 def test_verbosity_is_restored(tmp_path):

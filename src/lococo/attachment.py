@@ -113,7 +113,7 @@ def attach(
     *,
     num_slots: int = 512,
     chunk_size: int = 256,
-    positions: Positions = "original",
+    positions: Positions = "packed",
     slots_per_layer: Sequence[int] | None = None,
 ) -> Attachment:
     """Let a model read text of any length in a fixed number of key/value slots.
@@ -123,7 +123,8 @@ def attach(
         compressor: A name of `lococo.COMPRESSORS`, a pair "selection+merge", a folder of heads, or a Compressor.
         num_slots: Entries that survive a compression, per layer and key/value head.
         chunk_size: Tokens per forward pass; the cache holds num_slots + chunk_size entries.
-        positions: "original", or "packed" for texts longer than the model's window, see `SlotCache`.
+        positions: "packed" reads texts of any length; "original" refuses those longer than the model's window and is the
+            same for all others, see `SlotCache`.
         slots_per_layer: Another number of slots for every layer, of mean num_slots; see `lococo.budgets`.
 
     Returns:

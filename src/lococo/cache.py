@@ -84,9 +84,10 @@ class Rows:
             if count:
                 self.next_position[row] = int(last[row % len(last)]) + 1
 
-    def compressed(self, row: int) -> None:
+    def compressed(self, row: int, shift: int) -> None:
         self.fresh[row] = 0
         self.room[row] = self.chunk_size
+        self.next_position[row] -= shift
 
     def select(self, rows: Sequence[int]) -> None:
         for name in ("tokens", "fresh", "room", "next_position"):
@@ -254,12 +255,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers' caches 
                 weight=None if self.chunk.real is None else self.chunk.real.float(),
             )
 
-    def compress(self, rows: list[int], packed_end: dict[int, int] | None) -> None:
+    def compress(self, rows: list[int], shift: dict[int, int]) -> None:
         """Make slots of the entries of these rows.
 
         Args:
             rows: Rows whose buffer is full.
-            packed_end: Per row the position right behind its slots, if they are to be re-placed; None keeps positions.
+            shift: Per row how many positions its entries move towards 0, where they stop.
         """
         filled = self.filled
         groups: dict[int, list[int]] = defaultdict(list)
@@ -270,8 +271,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers' caches 
             if count > self.num_slots:
                 entries = self.compressor.compress(entries, self.num_slots, self.layer_idx)
                 self.carries_mass = self.carries_mass or bool(entries.log_mass.any())
-            if packed_end is not None:
-                entries = _placed_before(entries, [packed_end[row] for row in group])
+            if any(shift[row] for row in group):
+                entries = _moved_back(entries, [shift[row] for row in group])
             self._store(group, entries)
             for row in group:
                 self.held[row] = len(entries)
@@ -387,10 +388,11 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers' caches are untype
             compressor: Makes slots of entries.
             slots_per_layer: Number of slots of each layer that grows, in order.
             chunk_size: Tokens per forward pass.
-            positions: "original" keeps every entry's own position; "packed" re-places the slots right before the next
-                chunk at every compression, so that positions never exceed num_slots + chunk_size.
+            positions: "original" keeps every entry's own position. "packed" does so within the model's window, and
+                beyond it moves the slots back at every compression, so that no position ever leaves the window: a slot
+                keeps its distance up to the window's size, and older ones share the largest.
             rotary: Rotates the model's keys.
-            window: Positions the model was trained for; the limit of "original". None: no limit.
+            window: Positions the model was trained for; None: it says nothing, and positions stay original.
         """
         self.compressor = compressor
         self.chunk_size = chunk_size
@@ -503,28 +505,28 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers' caches are untype
         """Make slots of everything that these rows hold, in every layer."""
         if not rows:
             return
-        packed_end = None
-        if self.positions == "packed":
-            packed_end = {
-                row: max(min(layer.num_slots, layer.filled[row]) for layer in self.slot_layers) for row in rows
-            }
+        shift = {row: self._shift(row) for row in rows}
         for layer in self.slot_layers:
-            layer.compress(rows, packed_end)
-        if packed_end is not None:
-            self._shift_other_layers(packed_end)
-            for row, end in packed_end.items():
-                self.rows.next_position[row] = end
+            layer.compress(rows, shift)
+        if any(shift.values()):
+            self._shift_other_layers(shift)
         for row in rows:
-            self.rows.compressed(row)
+            self.rows.compressed(row, shift[row])
 
-    def _shift_other_layers(self, packed_end: dict[int, int]) -> None:
+    def _shift(self, row: int) -> int:
+        """Return how far a row's positions must move back for the next chunk to end inside the window."""
+        if self.positions == "original" or self.window is None:
+            return 0
+        return max(0, self.rows.next_position[row] + self.chunk_size - self.window)
+
+    def _shift_other_layers(self, shift: dict[int, int]) -> None:
         """Move the keys of layers without slots (sliding windows) along with the positions of their rows."""
         for layer_idx, layer in enumerate(self.layers):
             if isinstance(layer, SlotLayer) or not layer.is_initialized or layer.keys is None:
                 continue
             delta = torch.zeros(layer.keys.shape[0], 1, 1, device=layer.keys.device)
-            for row, end in packed_end.items():
-                delta[row] = end - self.rows.next_position[row]
+            for row, distance in shift.items():
+                delta[row] = -distance
             layer.keys = self.rotary.of_layer(layer_idx).rotate(layer.keys, delta)
 
     def reset(self) -> None:
@@ -555,9 +557,8 @@ def grows(layer: CacheLayerMixin) -> bool:
     return type(layer) is DynamicLayer
 
 
-def _placed_before(entries: Entries, ends: list[int]) -> Entries:
-    """Rotate entries to consecutive positions that end right before `ends` (one per row)."""
-    end = torch.tensor(ends, dtype=torch.float32, device=entries.keys.device)
-    positions = end[:, None, None] - len(entries) + torch.arange(len(entries), device=end.device)
-    positions = positions.expand_as(entries.positions)
+def _moved_back(entries: Entries, shift: list[int]) -> Entries:
+    """Rotate entries by `shift` positions (one per row) towards 0; what would fall below stays at 0."""
+    distance = torch.tensor(shift, dtype=torch.float32, device=entries.keys.device)[:, None, None]
+    positions = (entries.positions - distance).clamp(min=0)
     return replace(entries, keys=entries.rotary.rotate(entries.keys, positions - entries.positions), positions=positions)

@@ -257,7 +257,8 @@ def _quiet(*, progress: bool) -> Iterator[None]:
             own_logging.enable_progress_bar()
 
 
-def _cache_root() -> Path:
+def cache_folder() -> Path:
+    """Return the folder for what is made once: $LOCOCO_CACHE, $XDG_CACHE_HOME/lococo, or ~/.cache/lococo."""
     if own := os.environ.get("LOCOCO_CACHE"):
         return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME")
@@ -284,7 +285,7 @@ def _cached_folder(key: str, label: str, fill: Callable[[Path, Path], None]) -> 
     Everything is written beside it and renamed at the end, so that a folder under its final name is always whole. Two
     processes that convert at once both finish, and the one that comes second takes what the first has put there.
     """
-    root = _cache_root()
+    root = cache_folder()
     final = root / key
     if final.is_dir():
         return final
@@ -369,6 +370,12 @@ def _convert(path: Path, folder: Path) -> None:
             f"{path.name} has the GGUF architecture {architecture!r}; expected one of {', '.join(GGUF_ARCHITECTURES)}; "
             "load the model's original folder or hub id instead"
         )
+    scaling = _text_field(reader, f"{architecture}.rope.scaling.type")
+    if scaling not in {"", "none"}:
+        # transformers leaves these fields out, and the model would read long texts at the wrong positions.
+        raise UnsupportedModelError(
+            f"{path.name} scales its rope ({scaling}); load the original folder or hub id instead"
+        )
     with _explained(path.name):
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -417,6 +424,11 @@ def _fill_weights(model: PreTrainedModel, reader: Any, label: str) -> None:
         heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name.split(".")[-2])
         if heads and GGUF_ARCHITECTURES[MODEL_ARCH_NAMES[arch]]:
             values = _uninterleave(values, heads)
+        if values.shape != weight.shape:
+            shapes = f"{list(values.shape)}; expected {list(weight.shape)}"
+            raise ModelError(
+                f"{label}: {name} has the shape {shapes} by its header; load the original folder or hub id"
+            )
         weight.copy_(torch.from_numpy(values))
 
 

@@ -1,0 +1,171 @@
+"""How many slots each layer gets, at the same total memory.
+
+Layers differ: in SmolLM2-135M half of what compression loses is lost in five of thirty layers (docs/log.md). A budget is a
+list of slots per layer, of a given mean, for `attach(..., slots_per_layer=...)`.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lococo.attachment import attach, slot_layer_indices
+from lococo.compressors.heads import write_atomically
+from lococo.documents import demo_text, encode_stream
+from lococo.errors import ArgumentError
+from lococo.facts import ModelFacts
+from lococo.models import cache_folder
+from lococo.reader import read
+
+BUDGETS = ("uniform", "pyramid", "calibrated")
+
+# Layers are measured in so many groups, over so many tokens: about a minute for SmolLM2-135M on two cores.
+GROUPS = 6
+CALIBRATION_TOKENS = 2048
+
+
+def slots_for(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    budget: str,
+    *,
+    compressor: str,
+    num_slots: int,
+    chunk_size: int,
+    progress: Callable[[str], None] | None = None,
+) -> list[int]:
+    """Return the number of slots of each layer that holds slots.
+
+    Args:
+        model: Not attached.
+        tokenizer: Encodes the text that calibration reads.
+        budget: "uniform"; "pyramid", more to the lower layers (arXiv 2406.02069); or "calibrated", measured once on a short
+            text for this model, compressor and number of slots, and kept in the cache folder.
+        compressor: Name of the compressor.
+        num_slots: Mean over the layers.
+        chunk_size: Tokens per forward pass.
+        progress: Called with a line for each group of layers that is measured.
+
+    Raises:
+        ArgumentError: If the budget is unknown.
+    """
+    layers = len(slot_layer_indices(model))
+    if budget == "uniform":
+        return [num_slots] * layers
+    if budget == "pyramid":
+        return pyramid(layers, num_slots)
+    if budget != "calibrated":
+        raise ArgumentError(f"unknown budget {budget!r}; expected one of {', '.join(BUDGETS)}")
+    key = json.dumps([ModelFacts.of(model).to_dict(), compressor, num_slots, chunk_size], sort_keys=True)
+    file = cache_folder() / "budgets" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    if file.exists():
+        return [int(slots) for slots in json.loads(file.read_text("utf-8"))]
+    ids: list[int] = []
+    for piece in encode_stream(tokenizer, [demo_text()]):
+        ids += piece
+        if len(ids) >= CALIBRATION_TOKENS:
+            break
+    budgets = calibrated(
+        model,
+        torch.tensor([ids[:CALIBRATION_TOKENS]]),
+        compressor=compressor,
+        num_slots=num_slots,
+        chunk_size=chunk_size,
+        progress=progress,
+    )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(budgets).encode())
+    return budgets
+
+
+def pyramid(layers: int, num_slots: int) -> list[int]:
+    """Return slots that fall evenly from three halves of `num_slots` in the first layer to one half in the last."""
+    weights = [1.5 - i / max(1, layers - 1) for i in range(layers)]
+    return shares(weights, num_slots, least=1)
+
+
+def shares(weights: Sequence[float], num_slots: int, least: int) -> list[int]:
+    """Split `num_slots` per layer in proportion to weights, with at least `least` each and the total kept exactly."""
+    total = num_slots * len(weights)
+    spare = total - least * len(weights)
+    if spare < 0:
+        raise ArgumentError(f"{num_slots} slots per layer cannot give every layer {least}; raise num_slots")
+    exact = [spare * weight / sum(weights) for weight in weights]
+    slots = [math.floor(share) for share in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda i: slots[i] - exact[i])
+    for i in by_remainder[: spare - sum(slots)]:
+        slots[i] += 1
+    return [least + share for share in slots]
+
+
+def calibrated(
+    model: PreTrainedModel,
+    ids: Tensor,
+    *,
+    compressor: str,
+    num_slots: int,
+    chunk_size: int,
+    groups: int = GROUPS,
+    progress: Callable[[str], None] | None = None,
+) -> list[int]:
+    """Measure how sensitive each group of layers is, and share the slots out by the square root of it.
+
+    The sensitivity of a group is the divergence from the full cache's predictions when only that group is compressed.
+    The square root is the share that is best if a layer's loss falls with the inverse of its slots.
+
+    Args:
+        model: Not attached.
+        ids: A short text, (1 n), of more than num_slots + chunk_size tokens.
+        compressor: Name of the compressor.
+        num_slots: Mean over the layers.
+        chunk_size: Tokens per forward pass.
+        groups: Neighbouring layers are measured together, in so many groups.
+        progress: Called with a line for each group.
+
+    Returns:
+        Slots per layer.
+    """
+    layers = len(slot_layer_indices(model))
+    bounds = [round(layers * i / min(groups, layers)) for i in range(min(groups, layers) + 1)]
+    length = ids.shape[1]
+    if length <= num_slots + chunk_size:
+        raise ArgumentError(
+            f"calibration needs a text of more than num_slots + chunk_size = {num_slots + chunk_size} tokens, got {length}"
+        )
+    full = _log_probabilities(model, ids, compressor, [length] * layers, chunk_size)
+    sensitivity = []
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        slots = [num_slots if first <= i < last else length for i in range(layers)]
+        some = _log_probabilities(model, ids, compressor, slots, chunk_size)
+        divergence = (full.exp() * (full - some)).sum(-1).mean().item()
+        sensitivity += [max(divergence, 0.0) / (last - first)] * (last - first)
+        if progress is not None:
+            progress(f"layers {first} to {last - 1}: {divergence:.4f} nats from the full cache")
+    weights = [math.sqrt(value) for value in sensitivity]
+    with attach(model, compressor, num_slots=num_slots, chunk_size=chunk_size) as slots_of:
+        least = 1 if slots_of.compressor is None else slots_of.compressor.min_slots()
+    return shares(weights if sum(weights) > 0 else [1.0] * layers, num_slots, min(least, num_slots))
+
+
+# Tokens whose predictions are compared: the whole vocabulary of every token would not fit in memory.
+COMPARED_EVERY = 4
+
+
+@torch.no_grad()
+def _log_probabilities(
+    model: PreTrainedModel, ids: Tensor, compressor: str, slots_per_layer: list[int], chunk_size: int
+) -> Tensor:
+    """Return the predictions after every few tokens of what follows the first two chunks, (n v)."""
+    rows = []
+    seen = 0
+    with attach(model, compressor, chunk_size=chunk_size, slots_per_layer=slots_per_layer) as slots:
+        for piece in read(model, ids, slots.new_cache(), all_logits=True):
+            tokens = torch.arange(seen, seen + piece.ids.shape[1])
+            seen += len(tokens)
+            compared = (tokens >= 2 * chunk_size) & (tokens % COMPARED_EVERY == 0)
+            rows.append(piece.logits[0, compared].float().log_softmax(-1))
+    return torch.cat(rows)

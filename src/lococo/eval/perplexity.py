@@ -1,0 +1,237 @@
+"""Perplexity: what each compressor loses against the full cache, on the same tokens."""
+
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lococo.attachment import attach, window_of
+from lococo.budgets import slots_for
+from lococo.cache import Positions
+from lococo.documents import encode_stream, read_text
+from lococo.errors import ArgumentError, DocumentError
+from lococo.reader import score
+
+Row = dict[str, Any]
+
+RESAMPLES = 2000
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    data: Path,
+    compressors: Sequence[str],
+    num_slots: int = 512,
+    chunk_size: int = 256,
+    max_length: int = 4096,
+    max_windows: int | None = None,
+    positions: Positions = "packed",
+    budget: str = "uniform",
+    report: Callable[[Row], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Row]:
+    """Score every domain's windows with the full cache and with each compressor.
+
+    Every token from the third chunk of a window on counts, those at chunk boundaries included.
+
+    Args:
+        model: Not attached.
+        tokenizer: The model's.
+        data: One subfolder per domain, see `domains`.
+        compressors: Names; "full" always runs as well.
+        num_slots: Entries that survive a compression, per layer.
+        chunk_size: Tokens per forward pass.
+        max_length: Tokens of a window; the rest of a document makes a shorter one if any of its tokens count.
+        max_windows: Windows per domain, one per document in turn; None: all.
+        positions: See `attach`.
+        budget: See `budgets.slots_for`.
+        report: Called with each row as it is done.
+        progress: Called with windows done and windows in all, after each.
+
+    Returns:
+        One row per domain and compressor: task, domain, compressor, num_slots, chunk_size, max_length, tokens, nll (nats per
+        token), gap (nll minus the full cache's), gap_low and gap_high (95 %, bootstrap over windows), and per window
+        window_tokens and window_nll, from which other differences can be computed.
+
+    Raises:
+        ArgumentError: If no token would count, or a number or name is out of range.
+        DocumentError: If a document cannot be read or a domain holds none that is long enough.
+    """
+    if max_length <= 2 * chunk_size:
+        raise ArgumentError(
+            f"windows of {max_length} tokens have none beyond the second chunk of {chunk_size}; raise max_length"
+        )
+    if max_windows is not None and max_windows < 1:
+        raise ArgumentError(f"max_windows must be at least 1, got {max_windows}")
+    names = ["full", *(name for name in dict.fromkeys(compressors) if name != "full")]
+    slots = {
+        name: slots_for(model, tokenizer, budget, compressor=name, num_slots=num_slots, chunk_size=chunk_size)
+        if name != "full"
+        else None
+        for name in names
+    }
+    for name in names:  # refuses a wrong name or number before an hour of work
+        attach(
+            model, name, num_slots=num_slots, chunk_size=chunk_size, positions=positions, slots_per_layer=slots[name]
+        )
+    corpus = {
+        domain: list(islice(_windows(tokenizer, files, max_length, 2 * chunk_size + 1), max_windows))
+        for domain, files in domains(data).items()
+    }
+    for domain, windows in corpus.items():
+        if not windows:
+            raise DocumentError(f"domain {domain!r} of {data} has no document of more than {2 * chunk_size} tokens")
+    total, done = sum(map(len, corpus.values())) * len(names), 0
+    rows: list[Row] = []
+    for domain, windows in corpus.items():
+        full: list[float] = []
+        for name in names:
+            sums = []
+            for window in windows:
+                with attach(
+                    model, name, num_slots=num_slots, chunk_size=chunk_size, positions=positions, slots_per_layer=slots[name]
+                ) as attached:
+                    scores = score(model, torch.tensor([window]), attached.new_cache())
+                sums.append(-scores[0, 2 * chunk_size - 1 :].double().sum().item())
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+            full = full or sums
+            counts = [len(window) - 2 * chunk_size for window in windows]
+            row = {
+                "task": "perplexity",
+                "domain": domain,
+                "compressor": name,
+                "num_slots": num_slots,
+                "chunk_size": chunk_size,
+                "max_length": max_length,
+                **_figures(sums, full, counts),
+                "positions": positions,
+                "budget": budget,
+            }
+            rows.append(row)
+            if report is not None:
+                report(row)
+    return rows
+
+
+def _figures(sums: list[float], full: list[float], counts: list[int]) -> Row:
+    tokens = sum(counts)
+    differences = [mine - theirs for mine, theirs in zip(sums, full, strict=True)]
+    low, high = interval(differences, counts)
+    return {
+        "tokens": tokens,
+        "nll": sum(sums) / tokens,
+        "gap": sum(differences) / tokens,
+        "gap_low": low,
+        "gap_high": high,
+        "window_tokens": counts,
+        "window_nll": [total / count for total, count in zip(sums, counts, strict=True)],
+    }
+
+
+def interval(sums: Sequence[float], counts: Sequence[int], *, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of sum(sums) / sum(counts), resampling their pairs."""
+    rng = random.Random(seed)
+    means = []
+    for _ in range(RESAMPLES):
+        drawn = rng.choices(range(len(sums)), k=len(sums))
+        means.append(sum(sums[i] for i in drawn) / sum(counts[i] for i in drawn))
+    means.sort()
+    return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
+
+
+def difference(rows: Iterable[Row], better: str, worse: str) -> tuple[float, float, float]:
+    """Return by how much one compressor's nll is above another's, paired by window over all domains.
+
+    Args:
+        rows: Of `evaluate`, on the same windows.
+        better: Name of the compressor that is subtracted.
+        worse: Name of the one it is subtracted from.
+
+    Returns:
+        The mean difference in nats per token, and the 95 % interval.
+    """
+    by_name: dict[str, list[tuple[float, int]]] = {better: [], worse: []}
+    for row in rows:
+        if row["compressor"] in by_name:
+            by_name[row["compressor"]] += zip(row["window_nll"], row["window_tokens"], strict=True)
+    counts = [count for _, count in by_name[better]]
+    sums = [
+        (high - low) * count for (high, count), (low, _) in zip(by_name[worse], by_name[better], strict=True)
+    ]
+    return (sum(sums) / sum(counts), *interval(sums, counts))
+
+
+def domains(data: Path) -> dict[str, list[Path]]:
+    """Return the .txt and .jsonl files of each domain.
+
+    A domain is a subfolder. Where it is split into parts, only the part named "val" (a folder or val.jsonl) is taken: what
+    a model was trained on says nothing. SOURCE.txt, LICENSE.txt and README.txt describe the data and are left out.
+    """
+    if not data.is_dir():
+        raise DocumentError(f"no such folder: {data}; expected one subfolder per domain with .txt or .jsonl files")
+    found = {}
+    for folder in sorted(path for path in data.iterdir() if path.is_dir()):
+        if (folder / "val").is_dir():
+            candidates: Iterable[Path] = (folder / "val").rglob("*")
+        elif (folder / "val.jsonl").is_file():
+            candidates = [folder / "val.jsonl"]
+        else:
+            candidates = folder.rglob("*")
+        files = sorted(path for path in candidates if path.suffix in (".txt", ".jsonl") and path.stem not in DESCRIPTIONS)
+        if files:
+            found[folder.name] = files
+    if not found:
+        raise DocumentError(f"{data} has no subfolder with .txt or .jsonl files; expected one subfolder per domain")
+    return found
+
+
+DESCRIPTIONS = ("SOURCE", "LICENSE", "README")
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase, files: Iterable[Path], length: int, least: int
+) -> Iterator[list[int]]:
+    """Yield windows of at most `length` and at least `least` tokens, one per document in turn."""
+    waiting = [_cut(encode_stream(tokenizer, text), length, least) for file in files for text in _texts(file)]
+    while waiting:
+        going_on = []
+        for document in waiting:
+            window = next(document, None)
+            if window is not None:
+                going_on.append(document)
+                yield window
+        waiting = going_on
+
+
+def _cut(ids: Iterator[list[int]], length: int, least: int) -> Iterator[list[int]]:
+    held: list[int] = []
+    for piece in ids:
+        held += piece
+        while len(held) >= length:
+            yield held[:length]
+            held = held[length:]
+    if len(held) >= least:
+        yield held
+
+
+def _texts(file: Path) -> Iterator[Iterator[str]]:
+    """Yield the documents of a file, each as pieces of text."""
+    if file.suffix == ".txt":
+        yield read_text(file)
+        return
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise DocumentError(f"{file}, line {number}: expected a JSON object with a 'text' field") from error
+            yield iter([text])

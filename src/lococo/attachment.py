@@ -47,7 +47,7 @@ class Attachment:
             return None
         if isinstance(compressor, str):
             by_layer = dict(zip(self.layers, self.slots_per_layer, strict=True))
-            compressor = compressors.make(compressor, Shape(by_layer, self.facts.head_dim))
+            compressor = compressors.make(compressor, Shape(by_layer, self.facts.head_dim, self.facts))
         for module in compressors.modules(compressor):
             module.to(self.model.device)
         least = compressor.min_slots()

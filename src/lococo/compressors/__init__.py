@@ -13,16 +13,18 @@ from lococo.compressors.heads import load_heads
 from lococo.compressors.mass_merge import MassMerge
 from lococo.compressors.paper import PaperHeads
 from lococo.errors import ArgumentError
+from lococo.facts import ModelFacts
 
 __all__ = ["COMPRESSORS", "Compressor", "Drop", "MassMerge", "PaperHeads", "SelectMerge", "Selection", "Shape", "make"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What learned heads must fit: slots by layer index, and the size of a key."""
+    """What learned heads must fit: slots by layer index, the size of a key, and the model where it is known."""
 
     slots_per_layer: dict[int, int]
     head_dim: int
+    facts: ModelFacts | None = None
 
 
 QUERIES = frozenset({"queries"})
@@ -67,7 +69,7 @@ def make(name: str, shape: Shape) -> Compressor:
         FileFormatError: If saved heads are damaged or of another shape.
     """
     if Path(name).is_dir():
-        selection, heads = load_heads(Path(name), shape.slots_per_layer, shape.head_dim)
+        selection, heads = load_heads(Path(name), shape.slots_per_layer, shape.head_dim, shape.facts)
         return SelectMerge(name, SELECTIONS[selection], heads)
     selection, _, merge = ("+".join(PAIRS[name]) if name in PAIRS else name).partition("+")
     if selection not in SELECTIONS or merge not in MERGES:

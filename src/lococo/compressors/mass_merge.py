@@ -7,6 +7,9 @@ from torch import Tensor
 
 from lococo.entries import Entries
 
+# Cosine by which the last entry is preferred to the first: far above rounding, far below what tells keys apart.
+TIE_BREAK = 0.01
+
 
 @dataclass(frozen=True)
 class MassMerge:
@@ -29,7 +32,9 @@ class MassMerge:
         mass = entries.future_mass.clamp(min=1e-9)
         directions = torch.nn.functional.normalize(entries.unrotated_keys().float(), dim=-1)
         anchors = directions.gather(2, kept[..., None].expand(-1, -1, -1, directions.shape[-1]))
-        anchor = torch.einsum("bhsd,bhmd->bhsm", directions, anchors).argmax(-1)
+        similarity = torch.einsum("bhsd,bhmd->bhsm", directions, anchors)
+        # The same token twice has the same key in the first layer: the later one is taken, not what rounding prefers.
+        anchor = (similarity + TIE_BREAK * kept[:, :, None] / len(entries)).argmax(-1)
         # A kept entry is its own anchor, even where another one's key is the same.
         anchor.scatter_(2, kept, torch.arange(m, device=kept.device).expand_as(kept))
 

@@ -1,0 +1,86 @@
+"""Flags that several verbs of the command line share, one small group each.
+
+Every field is a flag of the same name with dashes, and its line below is the flag's help.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lococo.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model reads.
+
+    Attributes:
+        model: A hub id, a folder or a GGUF file; the embedded SmolLM2-135M-Instruct by default.
+        dtype: Floating-point type of the weights and the cache; auto takes the one they are stored in.
+        device: Where to compute, such as cuda or cuda:1; the CPU by default.
+        trust_remote_code: Run Python code that the model brings along.
+    """
+
+    model: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    device: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class SlotOptions:
+    """What the text is read into.
+
+    Attributes:
+        compressor: How entries become slots: full, streaming-llm, h2o, tova, snapkv, look-ahead, mass-merge, a pair such
+            as h2o+mass-merge, or a folder of heads.
+        num_slots: Entries that survive a compression, per layer and key/value head.
+        chunk_size: Tokens per forward pass.
+        positions: packed reads texts of any length; original keeps true distances, up to the model's window.
+        budget: How the slots are spread over the layers, at an equal total.
+    """
+
+    compressor: str = "mass-merge"
+    num_slots: int = 512
+    chunk_size: int = 256
+    positions: Literal["packed", "original"] = "packed"
+    budget: Literal["uniform", "pyramid", "calibrated"] = "uniform"
+
+    def __post_init__(self) -> None:
+        # attach() says the same, but only once the model is loaded.
+        check_at_least_one(num_slots=self.num_slots, chunk_size=self.chunk_size)
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How the answer is written.
+
+    Attributes:
+        max_new_tokens: Where the answer stops at the latest.
+        temperature: 0 takes the likeliest token each time; more is more varied.
+        top_p: Sample from the likeliest tokens of this total probability.
+        seed: Makes a sampled answer repeatable.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        # The reader says the same, but only once a long text is read.
+        check_at_least_one(max_new_tokens=self.max_new_tokens)
+        if not (0 <= self.temperature < float("inf") and 0 < self.top_p <= 1):
+            raise ArgumentError(
+                f"expected temperature >= 0 and 0 < top_p <= 1, got {self.temperature} and {self.top_p}"
+            )
+
+
+def check_at_least_one(**counts: int) -> None:
+    """Refuse a count below 1.
+
+    Raises:
+        ArgumentError: Names the count.
+    """
+    for name, value in counts.items():
+        if value < 1:
+            raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {value}")

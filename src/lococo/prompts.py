@@ -1,0 +1,115 @@
+"""How a document and a question about it are laid out for a chat model, and token ids back to text as they come.
+
+A user's turn is split around the document, so that what comes before a question is the same for every question and can
+be read once:
+
+    opening  <|im_start|>user\\n           kept in a context, with the document
+    document
+    question \\n\\n + question
+    closing  <|im_end|>\\n<|im_start|>assistant\\n
+    turn     <|im_end|>\\n<|im_start|>user\\n   ends an answer and begins the next question
+
+The parts are found by putting markers through the tokenizer's own chat template.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lococo.documents import encode_stream
+
+DOCUMENT, QUESTION, ANSWER = "lococo-document-mark", "lococo-question-mark", "lococo-answer-mark"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The parts of a prompt around what the user gives; special tokens are spelled out in them.
+
+    Attributes:
+        tokenizer: Turns the parts into ids.
+        opening: Before the document, or before the first question where there is none.
+        label: Between document and question.
+        closing: Between question and answer.
+        turn: Between an answer and the next question.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    opening: str
+    label: str
+    closing: str
+    turn: str
+
+    @staticmethod
+    def of(tokenizer: PreTrainedTokenizerBase) -> "Prompt":
+        """Take the parts from the tokenizer's chat template, or plain ones where it has none that can be split."""
+        return _from_template(tokenizer) or Prompt(tokenizer, "", "\n\nQuestion: ", "\nAnswer:", "\n\nQuestion: ")
+
+    def opening_ids(self) -> list[int]:
+        """Return the ids before the document, with the token that begins a text if the tokenizer wants one."""
+        begin = self.tokenizer.bos_token or ""
+        wants = bool(begin) and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+        return self._ids(begin + self.opening if wants and not self.opening.startswith(begin) else self.opening)
+
+    def question_ids(self, question: str, *, after: str) -> Tensor:
+        """Return the ids from the end of what was read to the beginning of the answer, (1 n).
+
+        Args:
+            question: In the user's words; special tokens spelled out in it are plain text.
+            after: "document", "opening" (nothing was read yet), or "answer".
+        """
+        if after == "document":
+            start, question = [], self.label + question
+        else:
+            start = self.opening_ids() if after == "opening" else self._ids(self.turn)
+        words = [token for ids in encode_stream(self.tokenizer, [question]) for token in ids]
+        return torch.tensor([start + words + self._ids(self.closing)])
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def _from_template(tokenizer: PreTrainedTokenizerBase) -> Prompt | None:
+    if not tokenizer.chat_template:
+        return None
+    import jinja2
+
+    label = "\n\n"
+    user = {"role": "user", "content": f"{DOCUMENT}{label}{QUESTION}"}
+    more = [{"role": "assistant", "content": ANSWER}, {"role": "user", "content": DOCUMENT}]
+    try:
+        first, talk = (
+            str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            for messages in ([user], [user, *more])
+        )
+    except (jinja2.TemplateError, TypeError, ValueError):  # a template for something other than a conversation
+        return None
+    if first.count(DOCUMENT + label + QUESTION) != 1 or talk.count(ANSWER) != 1:
+        return None
+    opening, _, closing = first.partition(DOCUMENT + label + QUESTION)
+    turn, _, _ = talk.partition(ANSWER)[2].partition(DOCUMENT)
+    return Prompt(tokenizer, opening, label, closing, turn)
+
+
+def text_stream(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> Iterator[str]:
+    """Yield the text of token ids as soon as it is certain; joined it is the text of them all.
+
+    A character may take several tokens, and what a token reads as depends on the one before it. So each step decodes a
+    few tokens with and without the new one, and waits while the text ends in half a character.
+    """
+    seen: list[int] = []
+    start = done = 0  # seen[start:done] is given out already, and decoded again for its influence on what follows
+
+    def decode(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    for token in ids:
+        seen.append(token)
+        before, text = decode(seen[start:done]), decode(seen[start:])
+        if len(text) > len(before) and not text.endswith("\ufffd"):
+            yield text[len(before) :]
+            start, done = done, len(seen)
+    if rest := decode(seen[start:])[len(decode(seen[start:done])) :]:
+        yield rest

@@ -1,0 +1,291 @@
+"""The verbs of the command line: plain functions whose signatures and docstrings are its flags and help.
+
+Nothing here imports torch before a verb runs. Every verb checks its files first, then loads the model, then reads.
+"""
+
+import json as jsonlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TextIO
+
+from lococo.errors import ArgumentError
+from lococo.files import check_exists, check_output, text_of
+from lococo.options import AnswerOptions, ModelOptions, SlotOptions, check_at_least_one
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+CONTEXT = "a context that `lococo compress` wrote"
+
+
+def demo(*, model: ModelOptions, json: bool = False) -> None:
+    """Read a long text in few slots, ask about it, and ask the full cache the same.
+
+    Args:
+        model: Which model reads.
+        json: Print one JSON object on stdout at the end, and everything else on stderr.
+    """
+    from lococo.demo import show
+
+    result = show(model, _human(json))
+    if json:
+        print(jsonlib.dumps(result))
+
+
+def run(
+    files: list[str], *, ask: str, model: ModelOptions, slots: SlotOptions, answer: AnswerOptions, json: bool = False
+) -> None:
+    """Read documents and answer one question about them.
+
+    Args:
+        files: Text, Markdown, source, HTML or PDF; - for standard input. Several are read one after the other.
+        ask: The question.
+        model: Which model reads.
+        slots: What the text is read into.
+        answer: How the answer is written.
+        json: Print one JSON object on stdout at the end, and everything else on stderr.
+    """
+    _check_question(ask)
+    text = text_of(files)
+    from lococo.session import opened
+
+    with opened(model, slots) as session:
+        cache = session.slots.new_cache()
+        reading = session.read(cache, text)
+        result = session.figures(cache, len(reading.token_ids))
+        result["tokens_per_second"] = round(reading.tokens_per_second, 1)
+        result["answer"] = _streamed(session.answer(cache, ask, answer), _human(json))
+    print(_summary(result), file=sys.stderr)
+    if json:
+        print(jsonlib.dumps(result))
+
+
+def compress(
+    files: list[str], *, output: str, model: ModelOptions, slots: SlotOptions, force: bool = False, json: bool = False
+) -> None:
+    """Read documents once and save what the slots keep, to be asked many times.
+
+    Args:
+        files: Text, Markdown, source, HTML or PDF; - for standard input. Several are read one after the other.
+        output: The context file to write, such as book.safetensors.
+        model: Which model reads.
+        slots: What the text is read into.
+        force: Replace an older file of that name.
+        json: Print one JSON object on stdout at the end, and everything else on stderr.
+    """
+    if slots.compressor == "full":
+        raise ArgumentError("compressor 'full' makes no slots that could be saved; choose another, such as mass-merge")
+    path = Path(output).expanduser()
+    check_output(path, force=force)
+    text = text_of(files)
+    from lococo.session import opened
+    from lococo.storage import save_context
+
+    with opened(model, slots) as session:
+        cache = session.slots.new_cache()
+        reading = session.read(cache, text)
+        # The check above is minutes old.
+        check_output(path, force=force)
+        save_context(path, cache, model=session.model, tokenizer=session.tokenizer, token_ids=reading.token_ids)
+        result = session.figures(cache, len(reading.token_ids))
+    result.update(tokens_per_second=round(reading.tokens_per_second, 1), path=str(path), nbytes=path.stat().st_size)
+    print(f"{_summary(result)}\nsaved as {path}", file=_human(json))
+    if json:
+        print(jsonlib.dumps(result))
+
+
+def ask(context: str, question: str, *, model: ModelOptions, answer: AnswerOptions, json: bool = False) -> None:
+    """Answer a question from a context; the file itself stays as it is.
+
+    Args:
+        context: A file that `lococo compress` wrote; its model and settings are used.
+        question: The question.
+        model: Where the model is, if not under the name it had.
+        answer: How the answer is written.
+        json: Print one JSON object on stdout at the end, and everything else on stderr.
+    """
+    _check_question(question)
+    path = Path(context).expanduser()
+    check_exists(path, CONTEXT)
+    from lococo.session import resumed
+
+    with resumed(path, model) as (session, cache, token_ids, _):
+        result = session.figures(cache, len(token_ids))
+        result["answer"] = _streamed(session.answer(cache, question, answer), _human(json))
+    if json:
+        print(jsonlib.dumps(result))
+
+
+def chat(*, context: str | None = None, model: ModelOptions, slots: SlotOptions, answer: AnswerOptions) -> None:
+    """Talk without end at constant memory; /stats shows the figures, /quit leaves.
+
+    Args:
+        context: Begin from a file that `lococo compress` wrote, with its settings instead of those below.
+        model: Which model talks.
+        slots: What the conversation is read into.
+        answer: How answers are written.
+    """
+    path = None if context is None else Path(context).expanduser()
+    if path is not None:
+        check_exists(path, CONTEXT)
+    from lococo.chat import talk
+    from lococo.session import opened, resumed
+
+    if path is None:
+        with opened(model, slots) as session:
+            talk(session, session.slots.new_cache(), answer, after="opening")
+    else:
+        with resumed(path, model) as (session, cache, _, _):
+            talk(session, cache, answer, after="document")
+
+
+def inspect(
+    context: str,
+    *,
+    picture: str | None = None,
+    layer: int | None = None,
+    head: int | None = None,
+    model: ModelOptions,
+    json: bool = False,
+) -> None:
+    """Show which tokens the slots of a context keep, as a table and a picture.
+
+    Args:
+        context: A file that `lococo compress` wrote.
+        picture: The SVG file to write; beside the context by default.
+        layer: List the kept tokens of one head of this layer, in order.
+        head: The key/value head to list; 0 by default.
+        model: Where the model is, if not under the name it had.
+        json: Print one JSON object on stdout at the end, and everything else on stderr.
+    """
+    path = Path(context).expanduser()
+    check_exists(path, CONTEXT)
+    if head is not None and layer is None:
+        raise ArgumentError(f"--head {head} needs the layer it is in; add --layer N")
+    target = Path(picture).expanduser() if picture else path.with_name(path.name + ".svg")
+    from lococo import inspect_context
+    from lococo.session import resumed
+
+    if layer is None:
+        inspect_context.check_picture(target)
+    with resumed(path, model) as (session, cache, token_ids, info):
+        kept = inspect_context.kept_of(cache)
+    ids = token_ids.tolist()
+    if layer is not None:
+        chosen = inspect_context.head_of(kept, layer, head or 0)
+        result = inspect_context.show_head(chosen, ids, session.tokenizer, _human(json))
+    else:
+        result = inspect_context.show(kept, info, ids, session.tokenizer, target, _human(json))
+    if json:
+        print(jsonlib.dumps(result))
+
+
+def eval_perplexity(
+    *,
+    data: str,
+    compressor: list[str],
+    num_slots: int = 512,
+    chunk_size: int = 256,
+    max_length: int = 4096,
+    max_windows: int | None = None,
+    json: str,
+    positions: Literal["packed", "original"] = "packed",
+    budget: Literal["uniform", "pyramid", "calibrated"] = "uniform",
+    model: ModelOptions,
+) -> None:
+    """Measure what compression costs in nats per token, on texts of several domains.
+
+    Args:
+        data: One subfolder per domain, of .txt or .jsonl files with a `text` field.
+        compressor: Names to compare, one or more; the full cache is always measured with them.
+        num_slots: Entries that survive a compression, per layer and key/value head.
+        chunk_size: Tokens per forward pass.
+        max_length: Tokens of a window; tokens from the third chunk on count.
+        max_windows: Windows per domain, one of each document in turn; all by default.
+        json: File for the results, one JSON object per line; replaced once all are there.
+        positions: packed reads windows of any length; original keeps true distances, up to the window the model was trained for.
+        budget: How the slots are spread over the layers, at an equal total.
+        model: Which model reads.
+    """
+    check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, max_length=max_length)
+    if max_windows is not None:
+        check_at_least_one(max_windows=max_windows)
+    if not Path(data).expanduser().is_dir():
+        raise ArgumentError(f"--data {data}: no such folder; expected one with a subfolder per domain")
+    target = Path(json).expanduser()
+    check_output(target, force=True)
+    from lococo.eval import perplexity
+    from lococo.models import load_model
+
+    loaded, tokenizer = load_model(
+        model.model, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code
+    )
+    # Rows go to a file beside it as they come: hours of work outlive an interruption, and so does an older result.
+    partial = target.with_name(target.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+
+        def report(row: dict[str, Any]) -> None:
+            file.write(jsonlib.dumps(row) + "\n")
+            file.flush()
+
+        rows = perplexity.evaluate(
+            loaded,
+            tokenizer,
+            data=Path(data).expanduser(),
+            compressors=compressor,
+            num_slots=num_slots,
+            chunk_size=chunk_size,
+            max_length=max_length,
+            max_windows=max_windows,
+            positions=positions,
+            budget=budget,
+            report=report,
+        )
+    partial.replace(target)
+    _print_perplexity(rows)
+
+
+def _print_perplexity(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("domain", "compressor", title="nats per token; gap to the full cache on the same tokens")
+    for heading in ("tokens", "nll", "gap"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["domain"]), str(row["compressor"]), f"{row['tokens']:,}", f"{row['nll']:.4f}", f"{row['gap']:+.4f}"
+        )
+    Console().print(table)
+
+
+def _human(json: bool) -> TextIO:
+    """Return where text for people goes: stdout, unless that is kept for JSON."""
+    return sys.stderr if json else sys.stdout
+
+
+def _check_question(question: str) -> None:
+    if not question.strip():
+        raise ArgumentError("the question is empty; ask something")
+
+
+def _streamed(pieces: "Iterable[str]", file: TextIO) -> str:
+    """Print text as it comes, and return all of it."""
+    said = []
+    for piece in pieces:
+        said.append(piece)
+        print(piece, end="", file=file, flush=True)
+    print(file=file)
+    return "".join(said)
+
+
+def _summary(result: dict[str, Any]) -> str:
+    """Put what was read and held into one line."""
+    from lococo.progress import mib
+
+    slots = f"{result['num_slots']:,.0f} slots ({result['compressor']})" if result["num_slots"] else "the full cache"
+    line = f"read {result['tokens']:,} tokens at {result['tokens_per_second']:,.0f} tokens/s in {slots}: "
+    line += f"{mib(result['kv_nbytes'])} of keys and values"
+    if result["num_slots"]:
+        line += f", where the full cache would hold {mib(result['full_kv_nbytes'])}"
+    return line

@@ -1,0 +1,62 @@
+import pytest
+import torch
+from families import tiny, tokens
+
+import lococo
+from lococo.compressors import COMPRESSORS, Shape, make
+from lococo.compressors.base import Selection, SelectMerge
+from lococo.errors import ArgumentError
+
+
+@torch.no_grad()
+def entries_of(compressor="h2o+mass-merge", length=60, batch=2):
+    """Entries of one layer of a tiny model that has read random tokens."""
+    with lococo.attach(tiny(), compressor, num_slots=100, chunk_size=16) as slots:
+        cache = slots.new_cache()
+        tiny()(tokens(batch, length), past_key_values=cache)
+    return cache.slot_layers[1].entries(list(range(batch)), length)
+
+
+def naive_selection(scores, sinks, recent, num_slots):
+    s = len(scores)
+    always = set(range(sinks)) | set(range(s - recent, s))
+    rest = sorted(set(range(s)) - always, key=lambda i: -scores[i])
+    return sorted(always | set(rest[: num_slots - len(always)]))
+
+
+@pytest.mark.parametrize(("sinks", "recent"), [(0, 0), (3, 0), (0, 5), (2, 4), (1, None)])
+def test_selection_keeps_first_last_and_the_highest_scores(sinks, recent):
+    entries = entries_of()
+    scores = torch.rand(2, 2, 60)
+    compressor = SelectMerge("x", Selection(lambda _: scores, sinks=sinks, recent=recent), make("h2o", Shape({}, 12)).merge)
+    slots = compressor.compress(entries, 20, 0)
+    for row in range(2):
+        for head in range(2):
+            kept = naive_selection(scores[row, head].tolist(), sinks, 10 if recent is None else recent, 20)
+            assert slots.token_index[row, head].tolist() == kept
+            assert torch.equal(slots.keys[row, head], entries.keys[row, head, kept])
+            assert torch.equal(slots.values[row, head], entries.values[row, head, kept])
+            assert torch.equal(slots.mass[row, head], entries.mass[row, head, kept])
+
+
+@pytest.mark.parametrize("name", [name for name in COMPRESSORS if name != "full"] + ["tova+mass-merge"])
+def test_every_compressor_gives_exactly_its_slots_in_temporal_order(name):
+    entries = entries_of(name)
+    slots = make(name, Shape({1: 40}, 12)).compress(entries, 40, 1)
+    assert len(slots) == 40
+    assert (slots.token_index.diff() > 0).all()
+    assert slots.keys.shape == (2, 2, 40, 12)
+    assert slots.values.isfinite().all()
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(ArgumentError, match="did you mean 'snapkv'"):
+        make("snap-kv", Shape({}, 12))
+    with pytest.raises(ArgumentError, match="did you mean 'h2o\\+mass-merge'"):
+        make("h2o+massmerge", Shape({}, 12))
+
+
+def test_too_few_slots_for_what_always_stays():
+    with pytest.raises(ArgumentError, match="16 first and last entries and needs at least 17 slots"):
+        lococo.attach(tiny(), "look-ahead", num_slots=16)
+    lococo.attach(tiny(), "look-ahead", num_slots=17)

@@ -1,0 +1,61 @@
+import json
+
+import pytest
+import torch
+from families import tiny, tokens
+
+import lococo
+from lococo.compressors.heads import save_heads
+from lococo.errors import FileFormatError
+from lococo.facts import ModelFacts
+
+
+@pytest.fixture
+def saved(tmp_path):
+    attached = lococo.attach(tiny(), "lococo-paper", num_slots=40, chunk_size=16)
+    heads = attached.compressor.merge
+    for mix in heads.mix.values():
+        torch.nn.init.constant_(mix, 0.2)
+    save_heads(heads, tmp_path / "heads", ModelFacts.of(tiny()), training={"steps": 3})
+    return attached.compressor, tmp_path / "heads"
+
+
+@torch.no_grad()
+def test_saved_heads_are_the_same_heads(saved):
+    compressor, folder = saved
+    ids = tokens(1, 150)
+    outputs = []
+    for one in (compressor, str(folder)):
+        with lococo.attach(tiny(), one, num_slots=40, chunk_size=16) as slots:
+            outputs.append(tiny()(ids, past_key_values=slots.new_cache()).logits)
+    assert torch.equal(*outputs)
+    assert json.loads((folder / "config.json").read_text())["training"] == {"steps": 3}
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_heads_of_another_shape_are_refused(saved):
+    _, folder = saved
+    with pytest.raises(FileFormatError, match="slots 40 in each of 4 layers.*slots 50 in each of 4 layers"):
+        lococo.attach(tiny(), str(folder), num_slots=50, chunk_size=16)
+
+
+def test_heads_of_another_model_are_refused(saved):
+    _, folder = saved
+    with pytest.raises(FileFormatError, match="rope .*but the model here is"):
+        lococo.attach(tiny("llama-yarn"), str(folder), num_slots=40, chunk_size=16)
+
+
+@pytest.mark.parametrize("damage", ["config.json", "model.safetensors", "truncated", "not json", "version"])
+def test_damaged_heads_are_refused(saved, damage):
+    _, folder = saved
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "not json":
+        config.write_text("{")
+    elif damage == "version":
+        config.write_text(config.read_text().replace('"format_version": 1', '"format_version": 99'))
+    else:
+        (folder / damage).unlink()
+    with pytest.raises(FileFormatError, match=str(folder)):
+        lococo.attach(tiny(), str(folder), num_slots=40, chunk_size=16)

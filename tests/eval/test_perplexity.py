@@ -1,0 +1,132 @@
+import json
+
+import pytest
+import torch
+from families import tiny
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import DynamicCache, PreTrainedTokenizerFast
+
+from lococo.errors import ArgumentError, DocumentError
+from lococo.eval.perplexity import difference, domains, evaluate, interval
+
+
+@pytest.fixture
+def tokenizer():
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+
+
+def document(length, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [int(i) for i in torch.randint(0, 128, (length,), generator=generator)]
+
+
+def write(path, ids):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(" ".join(f"w{i}" for i in ids))
+
+
+@pytest.fixture
+def data(tmp_path):
+    write(tmp_path / "books" / "a.txt", document(250, 0))
+    write(tmp_path / "books" / "b.txt", document(130, 1))
+    write(tmp_path / "books" / "SOURCE.txt", document(300, 9))
+    lines = [json.dumps({"text": " ".join(f"w{i}" for i in document(length, length))}) for length in (120, 30, 90)]
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "val.jsonl").write_text("\n".join(lines))
+    (tmp_path / "web" / "train.jsonl").write_text("trained on")
+    return tmp_path
+
+
+@torch.no_grad()
+def naive_nll(windows, chunk):
+    """Mean over all tokens from the third chunk on, each window in one forward pass."""
+    total, count = 0.0, 0
+    for ids in windows:
+        batch = torch.tensor([ids])
+        logits = tiny()(batch, past_key_values=DynamicCache(config=tiny().config)).logits
+        scores = logits[0, :-1].log_softmax(-1).gather(1, batch[0, 1:, None])[:, 0]
+        total -= scores[2 * chunk - 1 :].sum().item()
+        count += len(ids) - 2 * chunk
+    return total / count, count
+
+
+def test_full_cache_scores_every_token_from_the_third_chunk_on(tokenizer, data):
+    rows = evaluate(
+        tiny(), tokenizer, data=data, compressors=["mass-merge"], num_slots=100, chunk_size=16, max_length=100
+    )
+    books = [document(250, 0)[:100], document(250, 0)[100:200], document(250, 0)[200:], document(130, 1)[:100]]
+    web = [document(120, 120)[:100], document(90, 90)]
+    expected = {"books": naive_nll(books, 16), "web": naive_nll(web, 16)}
+    assert [(row["domain"], row["compressor"]) for row in rows] == [
+        (domain, name) for domain in ("books", "web") for name in ("full", "mass-merge")
+    ]
+    for row in rows:
+        nll, count = expected[row["domain"]]
+        assert row["tokens"] == count
+        # 100 slots hold every window, so that nothing is lost
+        assert row["nll"] == pytest.approx(nll, abs=1e-4)
+        assert row["gap"] == pytest.approx(0, abs=1e-5)
+        assert {"task", "num_slots", "chunk_size", "max_length"} <= row.keys()
+
+
+def test_windows_are_taken_from_one_document_in_turn(tokenizer, data):
+    rows = evaluate(
+        tiny(), tokenizer, data=data, compressors=["h2o"], num_slots=40, chunk_size=16, max_length=100, max_windows=3
+    )
+    books = [document(250, 0)[:100], document(130, 1)[:100], document(250, 0)[100:200]]
+    nll, count = naive_nll(books, 16)
+    assert rows[0]["nll"] == pytest.approx(nll, abs=1e-4)
+    assert rows[0]["window_tokens"] == [68, 68, 68]
+    assert rows[1]["tokens"] == count == 204
+    assert rows[1]["gap"] == pytest.approx(rows[1]["nll"] - rows[0]["nll"])
+    assert rows[1]["gap_low"] <= rows[1]["gap"] <= rows[1]["gap_high"]
+
+
+def test_intervals_are_paired():
+    def row(name, nlls):
+        return {"compressor": name, "window_nll": nlls, "window_tokens": [100] * len(nlls)}
+
+    # Windows differ by far more than the methods do.
+    rows = [row("a", [1.0, 2.0, 3.0, 4.0]), row("b", [1.1, 2.1, 3.1, 4.1])]
+    mean, low, high = difference(rows, "a", "b")
+    assert (mean, low, high) == pytest.approx((0.1, 0.1, 0.1))
+    low, high = interval([0.0, 1.0] * 50, [1] * 100)
+    assert 0.38 < low < 0.44
+    assert 0.56 < high < 0.62
+
+
+def test_only_validation_text_is_taken(tokenizer, tmp_path):
+    write(tmp_path / "code" / "train" / "a.txt", [1])
+    write(tmp_path / "code" / "val" / "b.txt", [1])
+    write(tmp_path / "plain" / "deep" / "c.txt", [1])
+    (tmp_path / "empty").mkdir()
+    found = {name: [path.name for path in files] for name, files in domains(tmp_path).items()}
+    assert found == {"code": ["b.txt"], "plain": ["c.txt"]}
+
+
+def test_bad_input_is_refused_before_anything_is_scored(tokenizer, data, tmp_path):
+    def run(**options):
+        options = {"data": data, "compressors": ["h2o"], "num_slots": 40, "chunk_size": 16, "max_length": 100} | options
+        return evaluate(tiny(), tokenizer, report=lambda row: pytest.fail("scored"), **options)
+
+    with pytest.raises(ArgumentError, match="unknown compressor 'h3o'.*'h2o'"):
+        run(compressors=["h3o"])
+    with pytest.raises(ArgumentError, match="windows of 32 tokens"):
+        run(max_length=32)
+    with pytest.raises(ArgumentError, match="max_windows"):
+        run(max_windows=0)
+    with pytest.raises(DocumentError, match="no such folder"):
+        run(data=tmp_path / "none")
+    with pytest.raises(DocumentError, match="no subfolder"):
+        run(data=data / "books")
+    (data / "short").mkdir()
+    write(data / "short" / "a.txt", document(20, 0))
+    with pytest.raises(DocumentError, match="'short'.*more than 32 tokens"):
+        run()
+    (data / "short" / "b.jsonl").write_text('{"text": "w1"}\n{"txt": 1}\n')
+    with pytest.raises(DocumentError, match="b.jsonl, line 2"):
+        run()

@@ -1,0 +1,142 @@
+import copy
+
+import pytest
+import torch
+from families import SMALL, tiny, tokens
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import lococo
+from lococo.errors import ArgumentError, LococoError, UnsupportedModelError
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_the_model_is_left_as_it_was_found(attention):
+    model = copy.deepcopy(tiny("llama", attention))
+    ids = tokens(1, 50)
+    before, state = model(ids).logits, {key: value.clone() for key, value in model.state_dict().items()}
+    attributes = set(model.base_model.__dict__)
+    with pytest.raises(ZeroDivisionError), lococo.attach(model, "mass-merge", num_slots=40, chunk_size=16) as slots:
+        model(ids, past_key_values=slots.new_cache())
+        _ = 1 / 0
+    assert model.config._attn_implementation == attention
+    assert set(model.base_model.__dict__) == attributes
+    assert "forward" not in model.base_model.__dict__
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(ids).logits, before)
+    assert not model.base_model._forward_hooks
+    assert not model.base_model._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_other_caches_run_as_before_while_attached():
+    model, ids = tiny(), tokens(2, 50)
+    cache = DynamicCache(config=model.config)
+    expected = model(ids, past_key_values=cache).logits
+    with lococo.attach(model, "mass-merge", num_slots=40, chunk_size=16):
+        assert torch.equal(model(ids, past_key_values=DynamicCache(config=model.config)).logits, expected)
+        assert torch.equal(model(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_full_is_transformers_own_cache():
+    with lococo.attach(tiny(), "full") as slots:
+        assert type(slots.new_cache()) is DynamicCache
+
+
+@torch.no_grad()
+def test_two_models_with_two_compressors_in_one_process():
+    first, second = tiny("llama"), tiny("glm4")
+    ids = tokens(1, 120)
+    alone = []
+    for model, name in ((first, "h2o"), (second, "mass-merge")):
+        with lococo.attach(model, name, num_slots=40, chunk_size=16) as slots:
+            alone.append(model(ids, past_key_values=slots.new_cache()).logits)
+    with (
+        lococo.attach(first, "h2o", num_slots=40, chunk_size=16) as a,
+        lococo.attach(second, "mass-merge", num_slots=40, chunk_size=16) as b,
+    ):
+        assert torch.equal(second(ids, past_key_values=b.new_cache()).logits, alone[1])
+        assert torch.equal(first(ids, past_key_values=a.new_cache()).logits, alone[0])
+
+
+def test_attaching_twice_is_refused():
+    model = tiny()
+    with lococo.attach(model, "h2o"), pytest.raises(LococoError, match="attached already"), lococo.attach(model, "h2o"):
+        pass
+    assert model.config._attn_implementation == "sdpa"
+
+
+@torch.no_grad()
+def test_a_compressor_of_ones_own():
+    class EveryOther:
+        name = "every-other"
+        observes = frozenset()
+
+        def min_slots(self):
+            return 1
+
+        def compress(self, entries, num_slots, layer_idx):
+            index = torch.arange(len(entries) - num_slots, len(entries))
+            return entries.take(index.expand(*entries.positions.shape[:2], -1))
+
+    model, ids = tiny(), tokens(1, 120)
+    with lococo.attach(model, EveryOther(), num_slots=40, chunk_size=16) as slots:
+        mine = model(ids, past_key_values=slots.new_cache()).logits
+    with lococo.attach(model, "streaming-llm", num_slots=40, chunk_size=16) as slots:
+        slots.compressor.selection.__dict__["sinks"] = 0
+        theirs = model(ids, past_key_values=slots.new_cache()).logits
+        slots.compressor.selection.__dict__["sinks"] = 4
+    assert torch.equal(mine, theirs)
+
+
+@torch.no_grad()
+def test_bare_decoders_can_be_attached_too():
+    torch.manual_seed(0)
+    decoder = LlamaModel(LlamaConfig(**SMALL)).eval()
+    ids = tokens(1, 60)
+    expected = decoder(ids).last_hidden_state
+    with lococo.attach(decoder, "h2o", num_slots=60, chunk_size=16) as slots:
+        output = decoder(ids, past_key_values=slots.new_cache(), output_hidden_states=True)
+    torch.testing.assert_close(output.last_hidden_state, expected, atol=1e-4, rtol=0)
+    assert [layer.shape for layer in output.hidden_states] == [(1, 60, 48)] * 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_slots": 0}, "num_slots must be a whole number of at least 1, got 0"),
+        ({"num_slots": 2.5}, "num_slots must be"),
+        ({"chunk_size": -3}, "chunk_size must be a whole number of at least 1, got -3"),
+        ({"positions": "absolute"}, "'original' or 'packed', got 'absolute'"),
+        ({"slots_per_layer": [40, 40]}, "each of the 4 layers"),
+        ({"num_slots": 1000, "chunk_size": 100}, "do not fit the model's window of 1024"),
+        ({"compressor": "nothing"}, "unknown compressor 'nothing'"),
+        ({"compressor": "snapkv", "num_slots": 32}, "needs at least 33 slots"),
+    ],
+)
+def test_arguments_out_of_range(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        lococo.attach(tiny(), **options)
+
+
+def test_models_without_a_growing_cache_are_refused():
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=10, hidden_size=8, num_hidden_layers=1, state_size=4))
+    with pytest.raises(UnsupportedModelError, match="MambaForCausalLM"):
+        lococo.attach(mamba)
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=10, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2))
+    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
+        lococo.attach(t5)
+    sliding = MistralForCausalLM(MistralConfig(**SMALL | {"sliding_window": 16}))
+    with pytest.raises(UnsupportedModelError, match="constant already"):
+        lococo.attach(sliding)

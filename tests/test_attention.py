@@ -1,0 +1,67 @@
+import copy
+
+import pytest
+import torch
+from families import tiny, tokens
+
+import lococo
+from lococo.attention import PREFIX, register
+
+
+@torch.no_grad()
+def test_log_mass_makes_an_entry_count_several_times():
+    # An entry of log_mass log(3) must act like the same entry three times.
+    model = tiny()
+    ids = tokens(1, 30)
+    with lococo.attach(model, "h2o", num_slots=100, chunk_size=16) as slots:
+        cache = slots.new_cache()
+        model(ids, past_key_values=cache)
+        layer = cache.slot_layers[0]
+        layer.chunk = type("Chunk", (), {"counts": [1], "length": 1, "real": None, "biases": {}, "ordinal": torch.ones(1, 1)})
+        query = torch.randn(1, 4, 1, 12)
+        layer.log_mass[..., 7] = torch.tensor(3.0).log()
+        layer.carries_mass = True
+        bias = layer.attention_bias(query)
+        keys, values = layer.keys[:, :, :31], layer.values[:, :, :31]
+        output = torch.nn.functional.scaled_dot_product_attention(
+            query, keys.repeat_interleave(2, 1), values.repeat_interleave(2, 1), bias
+        )
+        thrice = torch.tensor([*range(31), 7, 7])
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query, keys[:, :, thrice].repeat_interleave(2, 1), values[:, :, thrice].repeat_interleave(2, 1)
+        )
+    torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("compressor", ["mass-merge", "h2o"])
+@torch.no_grad()
+def test_eager_and_sdpa_agree_after_compressions(compressor):
+    ids = tokens(2, 150)
+    outputs = []
+    for attention in ("eager", "sdpa"):
+        model = tiny("llama", attention)
+        with lococo.attach(model, compressor, num_slots=40, chunk_size=16) as slots:
+            outputs.append(model(ids, past_key_values=slots.new_cache()).logits)
+    torch.testing.assert_close(*outputs, atol=2e-4, rtol=0)
+
+
+def test_the_name_tells_what_it_stands_on():
+    assert register("sdpa") == PREFIX + "sdpa"
+
+
+@torch.no_grad()
+def test_half_precision_reads_the_same_text():
+    ids = tokens(1, 150)
+    model = tiny()
+    with lococo.attach(model, "mass-merge", num_slots=40, chunk_size=16) as slots:
+        exact = model(ids, past_key_values=slots.new_cache()).logits
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    with lococo.attach(half, "mass-merge", num_slots=40, chunk_size=16) as slots:
+        cache = slots.new_cache()
+        logits = half(ids, past_key_values=cache).logits
+    assert logits.dtype == torch.bfloat16
+    assert cache.slot_layers[0].log_mass.dtype == torch.float32
+    similarity = torch.nn.functional.cosine_similarity(logits.float(), exact, -1)[0]
+    assert similarity[:56].min() > 0.99
+    # After a compression rounding may choose other slots, of which a random model makes much.
+    assert similarity[56:].mean() > 0.7

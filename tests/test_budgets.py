@@ -1,0 +1,64 @@
+import json
+
+import pytest
+import torch
+from families import tiny, tokens
+
+import lococo
+from lococo.budgets import calibrated, pyramid, shares
+from lococo.errors import ArgumentError
+
+
+def test_shares_keep_the_total_and_the_least():
+    assert shares([1, 1, 2], 8, least=2) == [6, 6, 12] or sum(shares([1, 1, 2], 8, least=2)) == 24
+    for weights in ([0, 0, 1], [3, 1, 0.1, 7], [1] * 7):
+        slots = shares(weights, 20, least=5)
+        assert sum(slots) == 20 * len(weights)
+        assert min(slots) >= 5
+    assert shares([0, 0, 1], 20, least=5) == [5, 5, 50]
+    with pytest.raises(ArgumentError, match="cannot give every layer 9"):
+        shares([1, 2], 8, least=9)
+
+
+def test_pyramid_falls_from_three_halves_to_one_half():
+    slots = pyramid(30, 64)
+    assert sum(slots) == 30 * 64
+    assert slots == sorted(slots, reverse=True)
+    assert (slots[0], slots[-1]) == (95, 33)
+    assert pyramid(1, 10) == [10]
+
+
+def test_calibration_gives_the_sensitive_layers_more(monkeypatch):
+    model = tiny()
+    ids = tokens(1, 200)
+    # Layer 2 alone decides: the others add nothing to the residual stream.
+    for i in (0, 1, 3):
+        monkeypatch.setattr(model.model.layers[i].self_attn.o_proj, "forward", lambda x: x[..., :48] * 0)
+    lines = []
+    slots = calibrated(
+        model, ids, compressor="streaming-llm", num_slots=20, chunk_size=16, groups=4, progress=lines.append
+    )
+    assert slots == [5, 5, 65, 5]
+    assert len(lines) == 4
+    with lococo.attach(model, "streaming-llm", num_slots=20, chunk_size=16, slots_per_layer=slots) as attached:
+        assert attached.new_cache().num_slots == 20
+
+
+def test_a_calibration_is_done_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOCOCO_CACHE", str(tmp_path))
+    calls = []
+    monkeypatch.setattr("lococo.budgets.calibrated", lambda *args, **kwargs: calls.append(args) or [10, 20, 30, 20])
+    monkeypatch.setattr("lococo.budgets.encode_stream", lambda tokenizer, text: iter([[1] * 3000]))
+    for _ in range(2):
+        slots = lococo.slots_for(tiny(), None, "calibrated", compressor="h2o", num_slots=20, chunk_size=16)
+        assert slots == [10, 20, 30, 20]
+    assert len(calls) == 1
+    assert json.loads(next((tmp_path / "budgets").iterdir()).read_text()) == slots
+    assert lococo.slots_for(tiny(), None, "uniform", compressor="h2o", num_slots=20, chunk_size=16) == [20] * 4
+    with pytest.raises(ArgumentError, match="unknown budget 'cubic'"):
+        lococo.slots_for(tiny(), None, "cubic", compressor="h2o", num_slots=20, chunk_size=16)
+
+
+def test_a_text_too_short_to_calibrate_on():
+    with pytest.raises(ArgumentError, match="more than num_slots"):
+        calibrated(tiny(), torch.zeros(1, 30, dtype=torch.long), compressor="h2o", num_slots=20, chunk_size=16)

@@ -1,0 +1,293 @@
+import pytest
+import torch
+from families import FAMILIES, left_padded, tiny, tokens
+from transformers import DynamicCache
+
+import lococo
+from lococo.compressors import COMPRESSORS
+from lococo.errors import ArgumentError, LococoError, WindowError
+
+LEARNING_FREE = [name for name in COMPRESSORS if name != "full"] + ["h2o+mass-merge", "streaming-llm+mass-merge"]
+
+
+def full_logits(model, ids, mask=None):
+    position_ids = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    return model(ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache).logits
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 32, 100])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_enough_slots_equal_the_full_cache(family, chunk_size):
+    model = tiny(family)
+    ids, mask = left_padded(tokens(3, 90), [0, 11, 50])
+    expected = full_logits(model, ids, mask)
+    for positions in ("original", "packed"):
+        with lococo.attach(model, "mass-merge", num_slots=90, chunk_size=chunk_size, positions=positions) as slots:
+            logits = model(ids, attention_mask=mask, past_key_values=slots.new_cache()).logits
+        real = mask.bool()
+        torch.testing.assert_close(logits[real], expected[real], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@torch.no_grad()
+def test_both_attention_backends_equal_the_full_cache(attention):
+    model = tiny("llama", attention)
+    ids = tokens(2, 70)
+    expected = full_logits(model, ids)
+    with lococo.attach(model, "h2o", num_slots=70, chunk_size=16) as slots:
+        logits = model(ids, past_key_values=slots.new_cache()).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("positions", ["original", "packed"])
+@pytest.mark.parametrize("compressor", LEARNING_FREE)
+@torch.no_grad()
+def test_left_padded_row_gives_the_tokens_of_the_row_alone(compressor, positions, monkeypatch):
+    model = tiny()
+    if positions == "packed":  # a window that the text leaves, so that slots move
+        monkeypatch.setattr(model.config, "max_position_embeddings", 96)
+    ids, mask = left_padded(tokens(3, 150), [0, 13, 60])
+    with lococo.attach(model, compressor, num_slots=40, chunk_size=16, positions=positions) as slots:
+        cache = slots.new_cache()
+        together = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=40, do_sample=False)
+        # 40 + 16 tokens fill the buffer, every further 16 fill it again.
+        assert min((tokens_read - 40 - 1) // 16 for tokens_read in cache.rows.tokens) >= 3
+        for row, pad in enumerate([0, 13, 60]):
+            alone = model.generate(
+                ids[row : row + 1, pad:], past_key_values=slots.new_cache(), max_new_tokens=40, do_sample=False
+            )
+            assert alone[0, 150 - pad :].tolist() == together[row, 150:].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_left_padding_in_every_family(family):
+    model = tiny(family)
+    ids, mask = left_padded(tokens(2, 140), [0, 37])
+    with lococo.attach(model, "mass-merge", num_slots=40, chunk_size=16) as slots:
+        together = model(ids, attention_mask=mask, past_key_values=slots.new_cache()).logits[1, 37:]
+        alone = model(ids[1:, 37:], past_key_values=slots.new_cache()).logits[0]
+    torch.testing.assert_close(together, alone, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "glm4", "gpt2"])
+@pytest.mark.parametrize("compressor", LEARNING_FREE)
+@torch.no_grad()
+def test_how_a_text_is_cut_into_calls_does_not_matter(compressor, family):
+    model, ids = tiny(family), tokens(2, 170)
+    with lococo.attach(model, compressor, num_slots=40, chunk_size=16) as slots:
+        at_once = model(ids, past_key_values=slots.new_cache()).logits
+        cache = slots.new_cache()
+        parts = [model(part, past_key_values=cache).logits for part in ids.split([3, 80, 1, 1, 60, 25], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), at_once, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "gpt-neox"])
+@torch.no_grad()
+def test_moving_positions_back_changes_nothing_that_rope_sees(family, monkeypatch):
+    # With a window just large enough, no slot ever reaches position 0, where distances would be cut short.
+    model, ids = tiny(family), tokens(1, 150)
+    outputs = []
+    for window in (1024, 150 - 16):
+        monkeypatch.setattr(model.config, "max_position_embeddings", window)
+        with lococo.attach(model, "streaming-llm+mass-merge", num_slots=40, chunk_size=16) as slots:
+            cache = slots.new_cache()
+            slots.compressor.selection.__dict__["sinks"] = 0
+            outputs.append(model(ids, past_key_values=cache).logits)
+            assert max(cache.rows.next_position) <= window
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_packed_positions_stay_inside_the_window(monkeypatch):
+    model = tiny()
+    monkeypatch.setattr(model.config, "max_position_embeddings", 64)
+    seen = []
+    hook = model.model.register_forward_pre_hook(lambda module, args: None)
+    forward = model.model.rotary_emb.forward
+    monkeypatch.setattr(
+        model.model.rotary_emb, "forward", lambda x, position_ids: (seen.append(int(position_ids.max())), forward(x, position_ids))[1]
+    )
+    with lococo.attach(model, "look-ahead", num_slots=32, chunk_size=16) as slots:
+        cache = slots.new_cache()
+        logits = model(tokens(1, 400), past_key_values=cache).logits
+    hook.remove()
+    assert max(seen) == 63
+    assert logits.isfinite().all()
+    positions = cache.slot_layers[0].positions[..., : cache.slot_layers[0].filled[0]]
+    assert (positions.diff() >= 0).all()
+
+
+@torch.no_grad()
+def test_original_positions_beyond_the_window_are_refused():
+    model = tiny()
+    with lococo.attach(model, "look-ahead", num_slots=32, chunk_size=16, positions="original") as slots:
+        cache = slots.new_cache()
+        with pytest.raises(WindowError, match=r"position 1025.*1024.*positions='packed'"):
+            model(tokens(1, 1025), past_key_values=cache)
+        assert cache.seen == 0
+        model(tokens(1, 1024), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_memory_is_constant_from_the_first_token_on():
+    model = tiny()
+    with lococo.attach(model, "mass-merge", num_slots=32, chunk_size=16) as slots:
+        cache = slots.new_cache()
+        sizes = set()
+        for part in tokens(1, 900).split(50, 1):
+            model(part, past_key_values=cache)
+            sizes.add((cache.nbytes, cache.kv_nbytes))
+    # keys and values: 4 layers, 2 heads, 32 + 16 entries of 12 floats
+    assert {kv for _, kv in sizes} == {2 * 4 * 2 * 48 * 12 * 4}
+    assert len(sizes) == 1
+
+
+@torch.no_grad()
+def test_layers_may_have_different_numbers_of_slots():
+    model, ids = tiny(), tokens(2, 150)
+    budgets = [20, 70, 33, 37]
+    with lococo.attach(model, "look-ahead", slots_per_layer=budgets, chunk_size=16) as slots:
+        cache = slots.new_cache()
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache)
+    assert cache.num_slots == 40
+    fresh = cache.rows.fresh[0]
+    assert [layer.held for layer in cache.slot_layers] == [[m, m] for m in budgets]
+    assert [layer.filled[0] for layer in cache.slot_layers] == [m + fresh for m in budgets]
+    # entries stay in temporal order, and the last ones are the last tokens
+    for layer in cache.slot_layers:
+        index = layer.token_index[0, 0, : layer.filled[0]]
+        assert (index.diff() > 0).all()
+        assert index[-fresh:].tolist() == list(range(151 - fresh, 151))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "temperature": 0.8},
+        {"num_beams": 3, "do_sample": False},
+        {"num_return_sequences": 3, "do_sample": True},
+        {"num_beams": 4, "num_return_sequences": 2, "do_sample": False},
+    ],
+)
+@torch.no_grad()
+def test_generate_with_enough_slots_equals_the_full_cache(options):
+    model = tiny()
+    ids, mask = left_padded(tokens(2, 60), [0, 9])
+    outputs = []
+    for compressor in ("full", "mass-merge"):
+        with lococo.attach(model, compressor, num_slots=120, chunk_size=16) as slots:
+            torch.manual_seed(1)
+            outputs.append(
+                model.generate(ids, attention_mask=mask, past_key_values=slots.new_cache(), max_new_tokens=20, **options)
+            )
+    assert torch.equal(*outputs)
+
+
+@torch.no_grad()
+def test_beam_search_with_compressions_follows_its_beams():
+    model, ids = tiny(), tokens(1, 100)
+    with lococo.attach(model, "h2o", num_slots=40, chunk_size=16) as slots:
+        best = model.generate(
+            ids, past_key_values=slots.new_cache(), max_new_tokens=40, num_beams=3, do_sample=False, length_penalty=0.0
+        )
+        greedy = model.generate(ids, past_key_values=slots.new_cache(), max_new_tokens=40, do_sample=False)
+        likelihoods = [lococo.score(model, output, slots.new_cache())[0, 99:].sum() for output in (best, greedy)]
+    assert likelihoods[0] >= likelihoods[1] - 1e-3
+
+
+@torch.no_grad()
+def test_a_conversation_goes_on_from_its_cache():
+    model, ids = tiny(), tokens(1, 100)
+    with lococo.attach(model, "mass-merge", num_slots=40, chunk_size=16) as slots:
+        cache = slots.new_cache()
+        first = model.generate(ids, past_key_values=cache, max_new_tokens=10, do_sample=False)
+        longer = torch.cat([first, tokens(1, 30, seed=2)], 1)
+        second = model.generate(longer, past_key_values=cache, max_new_tokens=10, do_sample=False)
+        at_once = model.generate(longer, past_key_values=slots.new_cache(), max_new_tokens=10, do_sample=False)
+    assert second.tolist() == at_once.tolist()
+
+
+@torch.no_grad()
+def test_rows_are_selected_and_repeated():
+    model = tiny()
+    ids, mask = left_padded(tokens(3, 100), [0, 20, 47])
+    with lococo.attach(model, "h2o+mass-merge", num_slots=40, chunk_size=16) as slots:
+        cache = slots.new_cache()
+        model(ids, attention_mask=mask, past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([2, 0]))
+        cache.batch_repeat_interleave(2)
+        more = tokens(1, 50, seed=3)
+        logits = model(more.expand(4, -1), past_key_values=cache).logits
+        for row, (source, pad) in {0: (2, 47), 1: (2, 47), 2: (0, 0), 3: (0, 0)}.items():
+            alone = slots.new_cache()
+            model(ids[source : source + 1, pad:], past_key_values=alone)
+            expected = model(more, past_key_values=alone).logits
+            torch.testing.assert_close(logits[row : row + 1], expected, atol=2e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_an_interrupted_chunk_leaves_the_cache_as_it_was(monkeypatch):
+    model, ids = tiny(), tokens(1, 120)
+    with lococo.attach(model, "h2o+mass-merge", num_slots=40, chunk_size=16) as slots:
+        cache, undisturbed = slots.new_cache(), slots.new_cache()
+        for one in (cache, undisturbed):
+            model(ids[:, :70], past_key_values=one)
+
+        def interrupt(module, args):
+            raise KeyboardInterrupt
+
+        hook = model.model.layers[2].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, 70:80], past_key_values=cache)
+        hook.remove()
+        assert cache.seen == 70
+        again = model(ids[:, 70:], past_key_values=cache).logits
+        expected = model(ids[:, 70:], past_key_values=undisturbed).logits
+    torch.testing.assert_close(again, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_reset_forgets_everything():
+    model, ids = tiny(), tokens(1, 100)
+    with lococo.attach(model, "mass-merge", num_slots=40, chunk_size=16) as slots:
+        cache = slots.new_cache()
+        first = model(ids, past_key_values=cache).logits
+        cache.reset()
+        assert cache.seen == 0
+        assert torch.equal(model(ids, past_key_values=cache).logits, first)
+
+
+@torch.no_grad()
+def test_misuse_is_refused():
+    model = tiny()
+    with lococo.attach(model, "look-ahead", num_slots=40, chunk_size=16) as slots:
+        cache = slots.new_cache()
+        model(tokens(2, 20), past_key_values=cache)
+        with pytest.raises(ArgumentError, match="batch of 2, now a batch of 3"):
+            model(tokens(3, 5), past_key_values=cache)
+        with pytest.raises(ArgumentError, match=r"shape \(batch, 25\), got \(2, 5\)"):
+            model(tokens(2, 5), attention_mask=torch.ones(2, 5), past_key_values=cache)
+        with pytest.raises(LococoError, match="cannot forget"):
+            cache.crop(-1)
+    with pytest.raises(LococoError, match="not attached"):
+        model(tokens(2, 5), past_key_values=cache)
+
+
+def test_gradients_flow_through_successive_compressions():
+    model = tiny()
+    ids = tokens(1, 120)
+    with lococo.attach(model, "lococo-paper", num_slots=40, chunk_size=16) as slots:
+        heads = slots.compressor.merge
+        torch.nn.init.constant_(heads.mix["1"], 0.3)
+        cache = slots.new_cache()
+        loss = -model(ids, past_key_values=cache).logits.log_softmax(-1)[0, -1, 5]
+        loss.backward()
+    assert heads.mix["1"].grad.abs() > 0
+    assert heads.convolutions["1"].weight.grad.abs().sum() > 0
+    assert model.model.embed_tokens.weight.grad[ids[0, :10]].abs().sum() > 0
+    model.zero_grad()

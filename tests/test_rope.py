@@ -1,0 +1,64 @@
+import pytest
+import torch
+from families import FAMILIES, tiny
+from torch import nn
+
+from lococo.errors import UnsupportedModelError
+from lococo.rope import Rotary, modeling_function
+
+ROTATING = [family for family in FAMILIES if family != "gpt2"]
+
+
+def angles(model, layer_idx, positions):
+    embedding = model.base_model.rotary_emb
+    kinds = getattr(model.config, "layer_types", None)
+    extra = (kinds[layer_idx],) if hasattr(embedding, "layer_types") else ()
+    return embedding(torch.zeros(1), positions, *extra)
+
+
+@pytest.mark.parametrize("family", ROTATING)
+@pytest.mark.parametrize("layer_idx", [0, 1])
+def test_rotating_moves_a_key_to_another_position(family, layer_idx):
+    model = tiny(family)
+    rotary = Rotary(model.base_model).of_layer(layer_idx)
+    raw = torch.randn(2, 3, 5, 12)
+    apply = modeling_function(model.base_model, "apply_rotary_pos_emb")
+    here, there = torch.tensor([[3.0, 4, 5, 6, 700]]), torch.tensor([[90.0, 1, 5, 6.5, 2]])
+    at_here = apply(raw, raw, *angles(model, layer_idx, here))[1]
+    at_there = apply(raw, raw, *angles(model, layer_idx, there))[1]
+    torch.testing.assert_close(rotary.rotate(at_here, there - here), at_there, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("family", ROTATING)
+def test_unrotating_leaves_the_scale_of_the_model(family):
+    # YaRN scales what it rotates; that scale belongs to the stored key and must stay.
+    model = tiny(family)
+    rotary = Rotary(model.base_model).of_layer(1)
+    raw = torch.randn(1, 1, 4, 12)
+    cos, sin = angles(model, 1, torch.arange(4.0)[None])
+    rotated = modeling_function(model.base_model, "apply_rotary_pos_emb")(raw, raw, cos, sin)[1]
+    factor = angles(model, 1, torch.zeros(1, 1))[0].flatten()[0]
+    width = cos.shape[-1]
+    expected = torch.cat([raw[..., :width] * factor, raw[..., width:]], -1)
+    torch.testing.assert_close(rotary.rotate(rotated, -torch.arange(4.0)[None, None]), expected, atol=1e-5, rtol=0)
+
+
+def test_a_model_without_rope_gets_the_identity():
+    x = torch.randn(1, 2, 3, 12)
+    assert Rotary(tiny("gpt2").base_model).of_layer(0).rotate(x, torch.ones(1, 1, 3)) is x
+
+
+def test_asking_for_an_angle_does_not_change_the_model():
+    model = tiny("llama-yarn")
+    before = model.base_model.rotary_emb.inv_freq.clone()
+    Rotary(model.base_model).of_layer(0).rotate(torch.randn(1, 1, 1, 12), torch.full((1, 1, 1), 1e6))
+    assert torch.equal(model.base_model.rotary_emb.inv_freq, before)
+
+
+def test_a_model_that_hides_its_angles_is_refused(monkeypatch):
+    decoder = tiny("qwen2").base_model
+    embedding = decoder.rotary_emb
+    monkeypatch.delitem(decoder._modules, "rotary_emb")
+    with pytest.raises(UnsupportedModelError, match="no `rotary_emb`"):
+        Rotary(decoder)
+    assert isinstance(embedding, nn.Module)

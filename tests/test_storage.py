@@ -1,0 +1,138 @@
+import json
+import struct
+
+import pytest
+import torch
+from families import FAMILIES, left_padded, tiny, tokens
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+import lococo
+from lococo.errors import DocumentError, FileFormatError
+
+
+def tokenizer(size=128):
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0")), unk_token="w0"
+    )
+
+
+def attached(family="llama", compressor="mass-merge", **options):
+    return lococo.attach(tiny(family), compressor, **{"num_slots": 40, "chunk_size": 16, **options})
+
+
+@torch.no_grad()
+def saved(path, ids, family="llama", compressor="mass-merge", mask=None):
+    with attached(family, compressor) as slots:
+        cache = slots.new_cache()
+        tiny(family)(ids, attention_mask=mask, past_key_values=cache)
+    lococo.save_context(path, cache, model=tiny(family), tokenizer=tokenizer(), token_ids=ids[0].tolist())
+    return cache
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family in ("llama", "gemma3", "gpt2", "phi3")])
+@pytest.mark.parametrize("compressor", ["mass-merge", "h2o", "lococo-paper"])
+@torch.no_grad()
+def test_a_loaded_context_goes_on_as_if_never_saved(family, compressor, tmp_path):
+    path, ids = tmp_path / "a.safetensors", tokens(1, 150)
+    cache = saved(path, ids, family, compressor)
+    more = tokens(1, 60, seed=2)
+    with attached(family, compressor) as slots:
+        context = lococo.load_context(path, slots, tokenizer())
+        again = tiny(family)(more, past_key_values=context.cache).logits
+        expected = tiny(family)(more, past_key_values=cache).logits
+    assert torch.equal(again, expected)
+    assert context.token_ids.tolist() == ids[0].tolist()
+    assert context.cache.seen == 210
+
+
+@torch.no_grad()
+def test_a_padded_batch_is_saved_too(tmp_path):
+    path = tmp_path / "a.safetensors"
+    ids, mask = left_padded(tokens(3, 150), [0, 30, 140])
+    cache = saved(path, ids, mask=mask)
+    more = tokens(3, 60, seed=2)
+    with attached() as slots:
+        again = tiny()(more, past_key_values=lococo.load_context(path, slots, tokenizer()).cache).logits
+        assert torch.equal(again, tiny()(more, past_key_values=cache).logits)
+
+
+def test_the_header_is_read_without_weights(tmp_path):
+    path = tmp_path / "a.safetensors"
+    saved(path, tokens(1, 150))
+    info = lococo.describe_context(path)
+    assert (info.compressor, info.slots_per_layer, info.chunk_size, info.positions) == ("mass-merge", [40] * 4, 16, "packed")
+    assert info.tokens == 150
+    assert info.nbytes == path.stat().st_size
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_another_model_tokenizer_or_setting_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    saved(path, tokens(1, 150))
+    with pytest.raises(FileFormatError, match="num_key_value_heads 2.*num_key_value_heads 4"):
+        lococo.load_context(path, attached("gpt-neox"), tokenizer())
+    with pytest.raises(FileFormatError, match="another tokenizer"):
+        lococo.load_context(path, attached(), tokenizer(129))
+    with pytest.raises(FileFormatError, match="chunk_size: 16 in the file, 32 here"):
+        lococo.load_context(path, attached(chunk_size=32), tokenizer())
+    with pytest.raises(FileFormatError, match="compressor: mass-merge in the file, h2o here"):
+        lococo.load_context(path, attached(compressor="h2o"), tokenizer())
+    with pytest.raises(FileFormatError, match="compressor: mass-merge in the file, full here"):
+        lococo.load_context(path, attached(compressor="full"), tokenizer())
+
+
+def rewrite_header(path, change):
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    own = json.loads(header["__metadata__"]["lococo_context"])
+    change(own)
+    header["__metadata__"]["lococo_context"] = json.dumps(own)
+    packed = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(packed)) + packed + data[8 + length :])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "foreign", "version", "no rows", "short rows"])
+def test_damaged_files_are_refused(damage, tmp_path):
+    path = tmp_path / "a.safetensors"
+    saved(path, tokens(1, 150))
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif damage == "text":
+        path.write_text("not a context")
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "foreign":
+        import safetensors.torch
+
+        safetensors.torch.save_file({"a": torch.zeros(3)}, path)
+    elif damage == "version":
+        rewrite_header(path, lambda header: header.update(format_version=7))
+    elif damage == "no rows":
+        rewrite_header(path, lambda header: header.pop("rows"))
+    else:
+        rewrite_header(path, lambda header: header["rows"].pop("room"))
+    with pytest.raises(FileFormatError, match=str(path)):
+        lococo.load_context(path, attached(), tokenizer())
+
+
+def test_a_missing_file_is_said_so(tmp_path):
+    with pytest.raises(DocumentError, match="no such file"):
+        lococo.describe_context(tmp_path / "none.safetensors")
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    saved(path, tokens(1, 150))
+    before = path.read_bytes()
+
+    def full_disk(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        saved(path, tokens(1, 90))
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]

@@ -54,7 +54,14 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
         LlamaConfig,
         LlamaForCausalLM,
         SMALL
-        | {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}},
+        | {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 256,
+            }
+        },
     ),
     "llama3": (
         LlamaConfig,
@@ -78,7 +85,11 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, SMALL | SLIDING | {"query_pre_attn_scalar": 12}),
     "phi3": (Phi3Config, Phi3ForCausalLM, WITHOUT_HEAD_DIM),
     "glm4": (Glm4Config, Glm4ForCausalLM, SMALL),
-    "gpt-neox": (GPTNeoXConfig, GPTNeoXForCausalLM, {k: v for k, v in WITHOUT_HEAD_DIM.items() if k != "num_key_value_heads"}),
+    "gpt-neox": (
+        GPTNeoXConfig,
+        GPTNeoXForCausalLM,
+        {k: v for k, v in WITHOUT_HEAD_DIM.items() if k != "num_key_value_heads"},
+    ),
     "gpt2": (
         GPT2Config,
         GPT2LMHeadModel,

@@ -1,3 +1,4 @@
+import contextlib
 import copy
 
 import pytest
@@ -26,9 +27,12 @@ def test_the_model_is_left_as_it_was_found(attention):
     ids = tokens(1, 50)
     before, state = model(ids).logits, {key: value.clone() for key, value in model.state_dict().items()}
     attributes = set(model.base_model.__dict__)
-    with pytest.raises(ZeroDivisionError), lococo.attach(model, "mass-merge", num_slots=40, chunk_size=16) as slots:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        lococo.attach(model, "mass-merge", num_slots=40, chunk_size=16) as slots,
+    ):
         model(ids, past_key_values=slots.new_cache())
-        _ = 1 / 0
+        raise KeyboardInterrupt
     assert model.config._attn_implementation == attention
     assert set(model.base_model.__dict__) == attributes
     assert "forward" not in model.base_model.__dict__

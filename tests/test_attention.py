@@ -17,7 +17,9 @@ def test_log_mass_makes_an_entry_count_several_times():
         cache = slots.new_cache()
         model(ids, past_key_values=cache)
         layer = cache.slot_layers[0]
-        layer.chunk = type("Chunk", (), {"counts": [1], "length": 1, "real": None, "biases": {}, "ordinal": torch.ones(1, 1)})
+        layer.chunk = type(
+            "Chunk", (), {"counts": [1], "length": 1, "real": None, "biases": {}, "ordinal": torch.ones(1, 1)}
+        )
         query = torch.randn(1, 4, 1, 12)
         layer.log_mass[..., 7] = torch.tensor(3.0).log()
         layer.carries_mass = True

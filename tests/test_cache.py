@@ -108,7 +108,9 @@ def test_packed_positions_stay_inside_the_window(monkeypatch):
     hook = model.model.register_forward_pre_hook(lambda module, args: None)
     forward = model.model.rotary_emb.forward
     monkeypatch.setattr(
-        model.model.rotary_emb, "forward", lambda x, position_ids: (seen.append(int(position_ids.max())), forward(x, position_ids))[1]
+        model.model.rotary_emb,
+        "forward",
+        lambda x, position_ids: (seen.append(int(position_ids.max())), forward(x, position_ids))[1],
     )
     with lococo.attach(model, "look-ahead", num_slots=32, chunk_size=16) as slots:
         cache = slots.new_cache()
@@ -183,7 +185,9 @@ def test_generate_with_enough_slots_equals_the_full_cache(options):
         with lococo.attach(model, compressor, num_slots=120, chunk_size=16) as slots:
             torch.manual_seed(1)
             outputs.append(
-                model.generate(ids, attention_mask=mask, past_key_values=slots.new_cache(), max_new_tokens=20, **options)
+                model.generate(
+                    ids, attention_mask=mask, past_key_values=slots.new_cache(), max_new_tokens=20, **options
+                )
             )
     assert torch.equal(*outputs)
 

@@ -42,7 +42,9 @@ def tokenizer_of(text: str) -> PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     special = ["<|start|>", "<|end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator([text], trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet))
+    core.train_from_iterator(
+        [text], trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=core, additional_special_tokens=special, chat_template=TEMPLATE, model_max_length=10**9
     )
@@ -123,7 +125,9 @@ class TestHelp:
     @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["eval", "perplexity", "--help"], ["--version"]])
     def test_help_never_imports_torch(self, words: list[str]) -> None:
         code = f"import sys; from lococo.cli import main; main({words!r}); sys.exit('torch' in sys.modules)"
-        assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False).returncode == 0
+        assert (
+            subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False).returncode == 0
+        )
 
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["--version"]) == 0
@@ -139,7 +143,10 @@ class TestFlags:
             (["run", "x", "--num_slots", "3", "--ask", "y"], "unrecognized arguments: --num_slots 3"),
             (["run", "x"], "the following arguments are required: --ask"),
             (["run", "x", "--ask", "y", "--num-slots", "many"], "--num-slots: expected a whole number, got many"),
-            (["run", "x", "--ask", "y", "--positions", "z"], "--positions: expected one of 'packed', 'original', got z"),
+            (
+                ["run", "x", "--ask", "y", "--positions", "z"],
+                "--positions: expected one of 'packed', 'original', got z",
+            ),
             (["run", "x", "--ask", "y", "--num-slots", "0"], "--num-slots must be at least 1, got 0"),
             (["run", "x", "--ask", "y", "--chunk-size", "-4"], "--chunk-size must be at least 1, got -4"),
             (["run", "x", "--ask", "y", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
@@ -317,7 +324,9 @@ class TestBadInput:
         self, tmp_path: Path, book: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         tokenizer = tokenizer_of(WORDS)
-        mamba = MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4))
+        mamba = MambaForCausalLM(
+            MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4)
+        )
         t5 = T5ForConditionalGeneration(
             T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
         )
@@ -503,9 +512,7 @@ class TestChat:
 
 
 class TestInspect:
-    def test_the_table_and_the_pictures(
-        self, tiny: str, context: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_the_table_and_the_pictures(self, tiny: str, context: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["inspect", str(context), "--model", tiny]) == 0
         said = capsys.readouterr().out
         assert "mass-merge" in said
@@ -556,7 +563,19 @@ class TestPerplexity:
 
     def words(self, data: Path, target: Path, tiny: str) -> list[str]:
         words = ["eval", "perplexity", "--data", str(data), "--compressor", "h2o", "mass-merge", "--num-slots", "32"]
-        return [*words, "--chunk-size", "16", "--max-length", "120", "--max-windows", "2", "--json", str(target), "--model", tiny]
+        return [
+            *words,
+            "--chunk-size",
+            "16",
+            "--max-length",
+            "120",
+            "--max-windows",
+            "2",
+            "--json",
+            str(target),
+            "--model",
+            tiny,
+        ]
 
     def test_one_object_per_line(
         self, tiny: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -568,7 +587,17 @@ class TestPerplexity:
             (domain, name) for domain in ("prose", "web") for name in ("full", "h2o", "mass-merge")
         }
         for row in rows:
-            assert {"task", "domain", "compressor", "num_slots", "chunk_size", "max_length", "tokens", "nll", "gap"} <= set(row)
+            assert {
+                "task",
+                "domain",
+                "compressor",
+                "num_slots",
+                "chunk_size",
+                "max_length",
+                "tokens",
+                "nll",
+                "gap",
+            } <= set(row)
         assert "mass-merge" in capsys.readouterr().out
         assert not list(tmp_path.glob("*.partial"))
 
@@ -630,7 +659,7 @@ class TestText:
 
 def test_a_closed_pipe_is_quiet() -> None:
     code = "import sys; from lococo.cli import main; sys.exit(main(['run', '--help']))"
-    shell = f"{sys.executable} -c \"{code}\" | true; exit ${{PIPESTATUS[0]}}"
+    shell = f'{sys.executable} -c "{code}" | true; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr == ""
     assert done.returncode in (0, cli.BROKEN_PIPE)

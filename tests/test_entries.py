@@ -32,9 +32,7 @@ def test_attention_mass_equals_the_naive_loop(softcap, rows, monkeypatch):
     monkeypatch.setattr("lococo.entries.QUERY_ROWS", rows)
     keys, log_mass, queries = torch.randn(2, 3, 11, 8), torch.rand(2, 3, 11), torch.randn(2, 3, 2, 7, 8)
     visible, weight = torch.randint(1, 12, (2, 7)), torch.rand(2, 7)
-    mass = attention_mass(
-        keys, log_mass, queries, scaling=0.5, softcap=softcap, visible=visible, weight=weight
-    )
+    mass = attention_mass(keys, log_mass, queries, scaling=0.5, softcap=softcap, visible=visible, weight=weight)
     torch.testing.assert_close(mass, naive_mass(keys, log_mass, queries, 0.5, visible, softcap, weight))
 
 

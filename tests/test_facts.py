@@ -16,7 +16,9 @@ def test_facts_are_read_off_the_config():
 def test_the_same_shape_under_another_name_passes():
     recorded = ModelFacts.of(tiny()).to_dict()
     ModelFacts.of(tiny()).check(recorded | {"model": "somewhere/else"}, "file")
-    with pytest.raises(FileFormatError, match="file was made for m .head_dim 64., but the model here is .* .head_dim 12."):
+    with pytest.raises(
+        FileFormatError, match=r"file was made for m .head_dim 64., but the model here is .* .head_dim 12."
+    ):
         ModelFacts.of(tiny()).check(recorded | {"model": "m", "head_dim": 64}, "file")
 
 

@@ -62,7 +62,12 @@ def test_the_header_is_read_without_weights(tmp_path):
     path = tmp_path / "a.safetensors"
     saved(path, tokens(1, 150))
     info = lococo.describe_context(path)
-    assert (info.compressor, info.slots_per_layer, info.chunk_size, info.positions) == ("mass-merge", [40] * 4, 16, "packed")
+    assert (info.compressor, info.slots_per_layer, info.chunk_size, info.positions) == (
+        "mass-merge",
+        [40] * 4,
+        16,
+        "packed",
+    )
     assert info.tokens == 150
     assert info.nbytes == path.stat().st_size
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
@@ -71,7 +76,7 @@ def test_the_header_is_read_without_weights(tmp_path):
 def test_another_model_tokenizer_or_setting_is_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     saved(path, tokens(1, 150))
-    with pytest.raises(FileFormatError, match="num_key_value_heads 2.*num_key_value_heads 4"):
+    with pytest.raises(FileFormatError, match=r"num_key_value_heads 2.*num_key_value_heads 4"):
         lococo.load_context(path, attached("gpt-neox"), tokenizer())
     with pytest.raises(FileFormatError, match="another tokenizer"):
         lococo.load_context(path, attached(), tokenizer(129))

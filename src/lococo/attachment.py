@@ -4,12 +4,12 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from lococo import attention, compressors
 from lococo.cache import Positions, SlotCache, grows
@@ -31,7 +31,7 @@ class Attachment:
         positions: Positions,
     ) -> None:
         self.model = model
-        self.decoder = model.base_model
+        self.decoder = cast(PreTrainedModel, model.base_model)
         self.chunk_size = chunk_size
         self.positions = positions
         self.slots_per_layer = list(slots_per_layer)
@@ -123,8 +123,8 @@ def attach(
         compressor: A name of `lococo.COMPRESSORS`, a pair "selection+merge", a folder of heads, or a Compressor.
         num_slots: Entries that survive a compression, per layer and key/value head.
         chunk_size: Tokens per forward pass; the cache holds num_slots + chunk_size entries.
-        positions: "packed" reads texts of any length; "original" refuses those longer than the model's window and is the
-            same for all others, see `SlotCache`.
+        positions: "packed" reads texts of any length; "original" refuses those longer than the model's window and is
+            the same for all others, see `SlotCache`.
         slots_per_layer: Another number of slots for every layer, of mean num_slots; see `lococo.budgets`.
 
     Returns:
@@ -149,12 +149,14 @@ def attach(
         slots_per_layer = [num_slots] * len(layers)
     if len(slots_per_layer) != len(layers) or min(slots_per_layer) < 1:
         raise ArgumentError(
-            f"slots_per_layer must hold a positive number for each of the {len(layers)} layers, got {list(slots_per_layer)}"
+            f"slots_per_layer must hold a positive number for each of the {len(layers)} layers, "
+            f"got {list(slots_per_layer)}"
         )
     widest = max(slots_per_layer) + chunk_size
     if compressor != "full" and window is not None and widest > window:
         raise ArgumentError(
-            f"{max(slots_per_layer)} slots and a chunk of {chunk_size} do not fit the model's window of {window}; lower them"
+            f"{max(slots_per_layer)} slots and a chunk of {chunk_size} do not fit the model's window of {window}; "
+            "lower num_slots or chunk_size"
         )
     return Attachment(model, compressor, slots_per_layer, chunk_size, positions)
 
@@ -173,9 +175,13 @@ def slot_layer_indices(model: PreTrainedModel) -> list[int]:
     """
     kind = type(model).__name__
     if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{kind} is an encoder-decoder model; lococo compresses the cache of decoder models")
+        raise UnsupportedModelError(
+            f"{kind} is an encoder-decoder model; lococo compresses the cache of decoder models"
+        )
     if getattr(model, "_is_stateful", False):
-        raise UnsupportedModelError(f"{kind} keeps a recurrent state, not a key/value cache; there is nothing to compress")
+        raise UnsupportedModelError(
+            f"{kind} keeps a recurrent state, not a key/value cache; there is nothing to compress"
+        )
     layers = [i for i, layer in enumerate(DynamicCache(config=model.config).layers) if grows(layer)]
     if not layers:
         raise UnsupportedModelError(
@@ -240,7 +246,8 @@ def _real_columns(attention_mask: Any, columns: int, seen: int) -> Tensor | None
     if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or attention_mask.shape[1] != seen + columns:
         shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ArgumentError(
-            f"a SlotCache that has seen {seen} columns takes an attention mask of shape (batch, {seen + columns}), got {shape}"
+            f"a SlotCache that has seen {seen} columns takes an attention mask of shape "
+            f"(batch, {seen + columns}), got {shape}"
         )
     real = attention_mask[:, -columns:].bool()
     return None if bool(real.all()) else real
@@ -255,8 +262,8 @@ def _check_window(cache: SlotCache, batch: int, columns: int, position_ids: Tens
     end = max(cache.rows.next_position, default=0) + columns if position_ids is None else int(position_ids.max()) + 1
     if end > cache.window:
         raise WindowError(
-            f"the text reaches position {end}, but the model was trained for {cache.window} and positions are 'original'; "
-            "use positions='packed' to read further"
+            f"the text reaches position {end}, but the model was trained for {cache.window} and positions are "
+            "'original'; use positions='packed' to read further"
         )
 
 

@@ -7,7 +7,7 @@ cache afterwards; every other layer, and every call without a SlotCache, runs as
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -62,7 +62,7 @@ def slot_attention(
     Returns:
         The output (b q h*g d), and the attention map where the implementation returns one.
     """
-    layer = None if slot_cache is None else slot_cache.layers[module.layer_idx]
+    layer = None if slot_cache is None else slot_cache.layers[cast(int, module.layer_idx)]
     if not isinstance(layer, SlotLayer):
         return _function(implementation, module)(module, query, key, value, attention_mask, **kwargs)
     # Flash and flex kernels take no bias per entry.
@@ -74,6 +74,5 @@ def slot_attention(
 
 def _function(implementation: str, module: nn.Module) -> AttentionFunction:
     """Return an attention function; "eager" is the one of the module's own modelling file."""
-    function: AttentionFunction
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, modeling_function(module, "eager_attention_forward"))
-    return function
+    own = cast(AttentionFunction, modeling_function(module, "eager_attention_forward"))
+    return cast(AttentionFunction, ALL_ATTENTION_FUNCTIONS.get_interface(implementation, own))

@@ -1,13 +1,14 @@
 """How many slots each layer gets, at the same total memory.
 
-Layers differ: in SmolLM2-135M half of what compression loses is lost in five of thirty layers (docs/log.md). A budget is a
-list of slots per layer, of a given mean, for `attach(..., slots_per_layer=...)`.
+Layers differ: in SmolLM2-135M half of what compression loses is lost in five of thirty layers (docs/log.md). A budget
+is a list of slots per layer, of a given mean, for `attach(..., slots_per_layer=...)`.
 """
 
 import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -43,8 +44,8 @@ def slots_for(
     Args:
         model: Not attached.
         tokenizer: Encodes the text that calibration reads.
-        budget: "uniform"; "pyramid", more to the lower layers (arXiv 2406.02069); or "calibrated", measured once on a short
-            text for this model, compressor and number of slots, and kept in the cache folder.
+        budget: "uniform"; "pyramid", more to the lower layers (arXiv 2406.02069); or "calibrated", measured once on a
+            short text for this model, compressor and number of slots, and kept in the cache folder.
         compressor: Name of the compressor.
         num_slots: Mean over the layers.
         chunk_size: Tokens per forward pass.
@@ -134,11 +135,12 @@ def calibrated(
     length = ids.shape[1]
     if length <= num_slots + chunk_size:
         raise ArgumentError(
-            f"calibration needs a text of more than num_slots + chunk_size = {num_slots + chunk_size} tokens, got {length}"
+            f"calibration needs a text of more than num_slots + chunk_size = {num_slots + chunk_size} tokens, "
+            f"got {length}"
         )
     full = _log_probabilities(model, ids, compressor, [length] * layers, chunk_size)
     sensitivity = []
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in pairwise(bounds):
         slots = [num_slots if first <= i < last else length for i in range(layers)]
         some = _log_probabilities(model, ids, compressor, slots, chunk_size)
         divergence = (full.exp() * (full - some)).sum(-1).mean().item()

@@ -7,14 +7,14 @@ left padding, batching, the way a text is cut into calls, and prefill against de
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from lococo.compressors.base import Compressor
 from lococo.entries import Entries, attention_mass
@@ -64,6 +64,7 @@ class Rows:
         self.clear()
 
     def clear(self) -> None:
+        """Forget every row."""
         self.seen = 0
         self.tokens: list[int] = []
         self.fresh: list[int] = []
@@ -71,10 +72,12 @@ class Rows:
         self.next_position: list[int] = []
 
     def start(self, batch: int) -> None:
+        """Begin with this many rows."""
         self.tokens, self.fresh, self.next_position = [0] * batch, [0] * batch, [0] * batch
         self.room = [self.first_room] * batch
 
     def advance(self, chunk: Chunk) -> None:
+        """Count a chunk as read."""
         self.seen += chunk.length
         last = chunk.position_ids[:, -1].tolist()
         for row, count in enumerate(chunk.counts):
@@ -85,22 +88,32 @@ class Rows:
                 self.next_position[row] = int(last[row % len(last)]) + 1
 
     def compressed(self, row: int, shift: int) -> None:
+        """Note that a row was compressed and its positions moved back by `shift`."""
         self.fresh[row] = 0
         self.room[row] = self.chunk_size
         self.next_position[row] -= shift
 
     def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows, in this order."""
         for name in ("tokens", "fresh", "room", "next_position"):
             values = getattr(self, name)
             setattr(self, name, [values[row] for row in rows])
 
 
-class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers' caches are untyped
+class SlotLayer(CacheLayerMixin):
     """One layer's buffer: (b h num_slots + chunk_size d) keys and values, and what belongs to each entry."""
 
     is_sliding = False
     # Tensors with one row per sequence of the batch; None before the first token or where nothing observes them.
-    row_tensors = ("keys", "values", "positions", "log_mass", "token_index", "mass", "queries")
+    row_tensors: ClassVar = ("keys", "values", "positions", "log_mass", "token_index", "mass", "queries")
+
+    keys: Tensor  # type: ignore[assignment]  # None before the first token, when nothing asks for it
+    values: Tensor  # type: ignore[assignment]
+    positions: Tensor
+    log_mass: Tensor
+    token_index: Tensor
+    mass: Tensor | None
+    queries: Tensor | None
 
     def __init__(
         self, layer_idx: int, num_slots: int, chunk_size: int, compressor: Compressor, rows: Rows, rotary: LayerRotary
@@ -363,7 +376,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers' caches 
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-class SlotCache(Cache):  # type: ignore[misc]  # transformers' caches are untyped
+class SlotCache(Cache):
     """A fixed number of slots per layer as `past_key_values`; made by `Attachment.new_cache`.
 
     Example:
@@ -373,7 +386,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers' caches are untype
 
     def __init__(
         self,
-        layers: list[CacheLayerMixin],
+        layers: Sequence[Any],
         compressor: Compressor,
         slots_per_layer: Sequence[int],
         chunk_size: int,
@@ -403,7 +416,9 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers' caches are untype
         budgets = iter(slots_per_layer)
         super().__init__(
             layers=[
-                SlotLayer(i, next(budgets), chunk_size, compressor, self.rows, rotary.of_layer(i)) if grows(layer) else layer
+                SlotLayer(i, next(budgets), chunk_size, compressor, self.rows, rotary.of_layer(i))
+                if grows(layer)
+                else layer
                 for i, layer in enumerate(layers)
             ]
         )
@@ -436,8 +451,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers' caches are untype
     @property
     def kv_nbytes(self) -> int:
         """Bytes of keys and values alone."""
-        layers = [layer for layer in self.layers if layer.is_initialized]
-        return sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
+        return kv_nbytes(self)
 
     def room(self) -> int:
         """Return how many tokens the next forward pass best takes: what fits before the next compression."""
@@ -445,7 +459,9 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers' caches are untype
         return min(self.chunk_size, *rooms)
 
     @contextmanager
-    def chunk(self, batch: int, columns: int, real: Tensor | None, position_ids: Tensor | None, device: torch.device) -> Iterator[Chunk]:
+    def chunk(
+        self, batch: int, columns: int, real: Tensor | None, position_ids: Tensor | None, device: torch.device
+    ) -> Iterator[Chunk]:
         """Take the next chunk of a call: compress the rows that are full, and hold the chunk while the model reads it.
 
         Args:
@@ -522,8 +538,10 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers' caches are untype
     def _shift_other_layers(self, shift: dict[int, int]) -> None:
         """Move the keys of layers without slots (sliding windows) along with the positions of their rows."""
         for layer_idx, layer in enumerate(self.layers):
-            if isinstance(layer, SlotLayer) or not layer.is_initialized or layer.keys is None:
+            if isinstance(layer, SlotLayer) or getattr(layer, "keys", None) is None:
                 continue
+            assert isinstance(layer, CacheLayerMixin)
+            assert layer.keys is not None
             delta = torch.zeros(layer.keys.shape[0], 1, 1, device=layer.keys.device)
             for row, distance in shift.items():
                 delta[row] = -distance
@@ -531,12 +549,12 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers' caches are untype
 
     def reset(self) -> None:
         """Forget everything that was read."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self.rows.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams of a beam search."""
-        super().reorder_cache(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.rows.select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -550,10 +568,14 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers' caches are untype
         self.rows.select([row for row in range(len(self.rows.tokens)) for _ in range(repeats)])
 
 
-def grows(layer: CacheLayerMixin) -> bool:
-    """Tell whether a layer of transformers' DynamicCache keeps every token, so that slots can take its place."""
-    from transformers.cache_utils import DynamicLayer
+def kv_nbytes(cache: Cache) -> int:
+    """Return the bytes of keys and values that a cache of transformers holds."""
+    tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
+
+def grows(layer: object) -> bool:
+    """Tell whether a layer of transformers' DynamicCache keeps every token, so that slots can take its place."""
     return type(layer) is DynamicLayer
 
 
@@ -561,4 +583,6 @@ def _moved_back(entries: Entries, shift: list[int]) -> Entries:
     """Rotate entries by `shift` positions (one per row) towards 0; what would fall below stays at 0."""
     distance = torch.tensor(shift, dtype=torch.float32, device=entries.keys.device)[:, None, None]
     positions = (entries.positions - distance).clamp(min=0)
-    return replace(entries, keys=entries.rotary.rotate(entries.keys, positions - entries.positions), positions=positions)
+    return replace(
+        entries, keys=entries.rotary.rotate(entries.keys, positions - entries.positions), positions=positions
+    )

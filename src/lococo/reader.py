@@ -1,7 +1,7 @@
 """The loop: read a chunk, attend over slots and chunk, compress when the buffer is full.
 
-`read` is that loop; `prefill`, `stream` and `score` consume it. The cache decides what happens to what was read, so the same
-loop runs the full cache (a DynamicCache) and every compressor.
+`read` is that loop; `prefill`, `stream` and `score` consume it. The cache decides what happens to what was read, so
+the same loop runs the full cache (a DynamicCache) and every compressor.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -167,8 +167,11 @@ def stream(
         ArgumentError: If an argument is out of range or the prompt is a batch.
     """
     if ids.shape[0] != 1:
-        raise ArgumentError(f"stream() answers one prompt at a time, got a batch of {ids.shape[0]}; use model.generate()")
+        raise ArgumentError(
+            f"stream() answers one prompt at a time, got a batch of {ids.shape[0]}; use model.generate()"
+        )
     warpers = _warpers(temperature, top_k, top_p)
+    no_ids = torch.empty(1, 0, dtype=torch.long)  # these warpers look at the logits alone
     generator = torch.Generator(model.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     ends = _end_tokens(model)
@@ -177,7 +180,7 @@ def stream(
         if temperature == 0:
             token = int(logits.argmax())
         else:
-            probabilities = warpers(ids, logits.float()).softmax(-1)
+            probabilities = warpers(no_ids, logits.float()).softmax(-1)  # type: ignore[arg-type]
             token = int(torch.multinomial(probabilities, 1, generator=generator))
         if token in ends:
             return

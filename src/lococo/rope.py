@@ -1,14 +1,15 @@
 """Rotate cached keys between positions, with the model's own rotary embedding.
 
-Cached keys are stored after RoPE. RoPE is a group: rotating a key from position p to position p' is rotating it by p' - p,
-and un-rotating it is rotating it by -p, so one operation serves merging, packing and looking ahead. Frequencies, scaling,
-partial and interleaved layouts come from the model's own `rotary_emb` and `apply_rotary_pos_emb`; models without RoPE get
-the identity.
+Cached keys are stored after RoPE. RoPE is a group: moving a key from position p to p + k is rotating it by k, and
+un-rotating it is rotating it by -p, so one operation serves merging, packing and looking ahead. Frequencies, scaling,
+partial and interleaved layouts come from the model's own `rotary_emb` and `apply_rotary_pos_emb`; models without RoPE
+get the identity.
 """
 
 import inspect
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,8 @@ class Rotary:
                 "it cannot be read in slots"
             )
         if self._embedding is not None:
-            self._check_group(decoder.config)
+            config = decoder.config
+            self._check_group(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
     def of_layer(self, layer_idx: int) -> "LayerRotary":
         """Return the rotation of one layer (local and global layers may differ in their angles)."""
@@ -58,19 +60,21 @@ class Rotary:
 
         return LayerRotary(angles, self._apply)
 
-    def _check_group(self, config: object) -> None:
+    def _check_group(self, head_dim: int) -> None:
         """Probe that rotating there and back is the identity, for every kind of layer."""
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads  # type: ignore[attr-defined]
-        probe = torch.linspace(-1, 1, head_dim).view(1, 1, 1, head_dim).to(next(iter(self._buffers()), torch.zeros(())).device)
-        delta = torch.full((1, 1, 1), 7.5, device=probe.device)
+        assert self._embedding is not None
+        device = next((buffer.device for buffer in self._embedding.buffers()), torch.device("cpu"))
+        if device.type == "meta":
+            return
+        probe = torch.linspace(-1, 1, head_dim, device=device).view(1, 1, 1, head_dim)
+        delta = torch.full((1, 1, 1), 7.5, device=device)
         for layer_idx in range(len(self._layer_types) or 1):
             rotary = self.of_layer(layer_idx)
             back = rotary.rotate(rotary.rotate(probe, delta), -delta)
             if not torch.allclose(back, probe, atol=1e-4):
-                raise UnsupportedModelError("the model's rotary embedding is not undone by rotating back; it cannot be read in slots")
-
-    def _buffers(self) -> list[Tensor]:
-        return [] if self._embedding is None else list(self._embedding.buffers())
+                raise UnsupportedModelError(
+                    "the model's rotary embedding is not undone by rotating back; it cannot be read in slots"
+                )
 
 
 class LayerRotary:
@@ -106,7 +110,7 @@ class LayerRotary:
         return rotated.view(b, h, s, d).to(x.dtype)
 
 
-def modeling_function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor]] | None:
+def modeling_function(module: nn.Module, name: str) -> Callable[..., Any] | None:
     """Return a function of the modelling file that defines the module's class, or None where it has none."""
     for cls in type(module).__mro__:
         if cls.__module__.startswith("torch."):

@@ -1,7 +1,7 @@
 """Contexts on disk: what a model has read, in one safetensors file, to be asked many times.
 
-The header holds everything but tensors as JSON, so that `describe_context` reads no weights. Nothing is pickled, and the
-file is written aside and moved into place, so that it is complete or absent at any moment.
+The header holds everything but tensors as JSON, so that `describe_context` reads no weights. Nothing is pickled, and
+the file is written aside and moved into place, so that it is complete or absent at any moment.
 """
 
 import json
@@ -87,7 +87,7 @@ def save_context(
     """
     tensors: dict[str, Tensor] = {"token_ids": torch.as_tensor(list(token_ids), dtype=torch.int32)}
     for i, layer in enumerate(cache.layers):
-        if not layer.is_initialized:
+        if not getattr(layer, "is_initialized", False):
             continue
         names = SlotLayer.row_tensors if isinstance(layer, SlotLayer) else ("keys", "values")
         for name in names:
@@ -168,9 +168,7 @@ def _header(path: Path) -> dict[str, Any]:
     return dict(header)
 
 
-def load_context(
-    path: str | os.PathLike[str], attachment: Attachment, tokenizer: PreTrainedTokenizerBase
-) -> Context:
+def load_context(path: str | os.PathLike[str], attachment: Attachment, tokenizer: PreTrainedTokenizerBase) -> Context:
     """Read a context, to go on from it.
 
     Args:

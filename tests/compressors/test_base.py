@@ -28,7 +28,9 @@ def naive_selection(scores, sinks, recent, num_slots):
 def test_selection_keeps_first_last_and_the_highest_scores(sinks, recent):
     entries = entries_of()
     scores = torch.rand(2, 2, 60)
-    compressor = SelectMerge("x", Selection(lambda _: scores, sinks=sinks, recent=recent), make("h2o", Shape({}, 12)).merge)
+    compressor = SelectMerge(
+        "x", Selection(lambda _: scores, sinks=sinks, recent=recent), make("h2o", Shape({}, 12)).merge
+    )
     slots = compressor.compress(entries, 20, 0)
     for row in range(2):
         for head in range(2):

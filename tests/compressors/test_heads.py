@@ -35,13 +35,13 @@ def test_saved_heads_are_the_same_heads(saved):
 
 def test_heads_of_another_shape_are_refused(saved):
     _, folder = saved
-    with pytest.raises(FileFormatError, match="slots 40 in each of 4 layers.*slots 50 in each of 4 layers"):
+    with pytest.raises(FileFormatError, match=r"slots 40 in each of 4 layers.*slots 50 in each of 4 layers"):
         lococo.attach(tiny(), str(folder), num_slots=50, chunk_size=16)
 
 
 def test_heads_of_another_model_are_refused(saved):
     _, folder = saved
-    with pytest.raises(FileFormatError, match="rope .*but the model here is"):
+    with pytest.raises(FileFormatError, match=r"rope .*but the model here is"):
         lococo.attach(tiny("llama-yarn"), str(folder), num_slots=40, chunk_size=16)
 
 

@@ -18,12 +18,16 @@ def naive_merge(entries, kept, max_log_mass):
             mass, chosen = entries.future_mass[row, head], kept[row, head].tolist()
             members = {i: [i] for i in chosen}
             for i in set(range(len(entries))) - set(chosen):
-                similarity = [float(keys[row, head, i] @ keys[row, head, j]) + TIE_BREAK * j / len(entries) for j in chosen]
+                similarity = [
+                    float(keys[row, head, i] @ keys[row, head, j]) + TIE_BREAK * j / len(entries) for j in chosen
+                ]
                 members[chosen[similarity.index(max(similarity))]].append(i)
             for slot, i in enumerate(chosen):
                 total = sum(float(mass[j]) for j in members[i])
                 slot_values[row, head, slot] = sum(mass[j] * values[row, head, j] for j in members[i]) / total
-                slot_log_mass[row, head, slot] = min(float(log_mass[row, head, i]) + math.log(total / float(mass[i])), max_log_mass)
+                slot_log_mass[row, head, slot] = min(
+                    float(log_mass[row, head, i]) + math.log(total / float(mass[i])), max_log_mass
+                )
     return slot_values, slot_log_mass
 
 
@@ -44,7 +48,9 @@ def test_merging_equals_the_naive_loop():
 
 def test_an_entry_whose_key_repeats_stays_its_own_anchor():
     entries = entries_of("mass-merge")
-    entries.keys[:] = entries.rotary.rotate(entries.unrotated_keys()[:, :, :1].expand_as(entries.keys), entries.positions)
+    entries.keys[:] = entries.rotary.rotate(
+        entries.unrotated_keys()[:, :, :1].expand_as(entries.keys), entries.positions
+    )
     kept = torch.arange(60)[None, None, ::2].expand(2, 2, -1)
     slots = MassMerge()(entries, kept, entries.future_mass, 1)
     # all dropped entries go to the last kept one, the others are untouched

@@ -113,7 +113,7 @@ def test_bad_input_is_refused_before_anything_is_scored(tokenizer, data, tmp_pat
         options = {"data": data, "compressors": ["h2o"], "num_slots": 40, "chunk_size": 16, "max_length": 100} | options
         return evaluate(tiny(), tokenizer, report=lambda row: pytest.fail("scored"), **options)
 
-    with pytest.raises(ArgumentError, match="unknown compressor 'h3o'.*'h2o'"):
+    with pytest.raises(ArgumentError, match=r"unknown compressor 'h3o'.*'h2o'"):
         run(compressors=["h3o"])
     with pytest.raises(ArgumentError, match="windows of 32 tokens"):
         run(max_length=32)
@@ -125,8 +125,8 @@ def test_bad_input_is_refused_before_anything_is_scored(tokenizer, data, tmp_pat
         run(data=data / "books")
     (data / "short").mkdir()
     write(data / "short" / "a.txt", document(20, 0))
-    with pytest.raises(DocumentError, match="'short'.*more than 32 tokens"):
+    with pytest.raises(DocumentError, match=r"'short'.*more than 32 tokens"):
         run()
     (data / "short" / "b.jsonl").write_text('{"text": "w1"}\n{"txt": 1}\n')
-    with pytest.raises(DocumentError, match="b.jsonl, line 2"):
+    with pytest.raises(DocumentError, match=r"b\.jsonl, line 2"):
         run()

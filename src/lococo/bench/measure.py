@@ -54,9 +54,7 @@ class Setting:
     decode_tokens: int = 32
 
 
-def bench(
-    settings: Sequence[Setting], *, repeats: int = 5, report: Callable[[Row], None] | None = None
-) -> list[Row]:
+def bench(settings: Sequence[Setting], *, repeats: int = 5, report: Callable[[Row], None] | None = None) -> list[Row]:
     """Measure settings of one length against each other.
 
     Args:
@@ -109,7 +107,7 @@ def measure(setting: Setting) -> Row:
     import torch
 
     from lococo.attachment import attach
-    from lococo.cache import SlotCache
+    from lococo.cache import SlotCache, kv_nbytes
     from lococo.documents import demo_text, encode_stream
     from lococo.models import load_model
     from lococo.reader import prefill
@@ -137,17 +135,12 @@ def measure(setting: Setting) -> Row:
             token.tolist()
             steps.append(time.perf_counter() - begun)
         peak = _peak(model.device) - before
-    kv_bytes = (
-        cache.kv_nbytes
-        if isinstance(cache, SlotCache)
-        else sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-    )
     return {
         "prefill_tokens_per_s": setting.length / (read - start),
         "decode_tokens_per_s": 1 / median(steps),
         "time_to_first_token_s": read - start,
         "peak_memory_bytes": peak,
-        "kv_bytes": kv_bytes,
+        "kv_bytes": kv_nbytes(cache),
     }
 
 

@@ -75,7 +75,9 @@ def make(name: str, shape: Shape) -> Compressor:
     if selection not in SELECTIONS or merge not in MERGES:
         known = [*COMPRESSORS, *(f"{s}+{m}" for s in SELECTIONS for m in MERGES if m != "drop")]
         nearest = difflib.get_close_matches(name, known, 1, 0.5)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else "or a pair such as 'h2o+mass-merge', or a folder of heads"
+        hint = (
+            f"did you mean {nearest[0]!r}?" if nearest else "or a pair such as 'h2o+mass-merge', or a folder of heads"
+        )
         raise ArgumentError(f"unknown compressor {name!r}; expected one of {', '.join(COMPRESSORS)}; {hint}")
     return SelectMerge(name, SELECTIONS[selection], MERGES[merge](shape))
 

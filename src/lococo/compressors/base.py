@@ -11,16 +11,21 @@ from lococo.entries import Entries
 
 
 class Compressor(Protocol):
-    """The only extension point: entries of one layer in, exactly `num_slots` entries out.
+    """The only extension point: entries of one layer in, exactly `num_slots` entries out."""
 
-    Attributes:
-        name: As in the table of compressors.
-        observes: What the cache takes down for it: any of "mass" (attention mass each entry received since it came) and
-            "queries" (those of the last `chunk_size` tokens).
-    """
+    @property
+    def name(self) -> str:
+        """Its name in the table of compressors."""
+        ...
 
-    name: str
-    observes: frozenset[str]
+    @property
+    def observes(self) -> frozenset[str]:
+        """What the cache takes down for it.
+
+        Any of "mass" (attention each entry received since it came) and "queries" (those of the last `chunk_size`
+        tokens).
+        """
+        ...
 
     def min_slots(self) -> int:
         """Return the smallest number of slots it can fill."""
@@ -63,7 +68,10 @@ class Selection:
 class Merge(Protocol):
     """What becomes of the entries that do not stay."""
 
-    observes: frozenset[str]
+    @property
+    def observes(self) -> frozenset[str]:
+        """What it reads, see `Compressor`."""
+        ...
 
     def __call__(self, entries: Entries, kept: Tensor, scores: Tensor, layer_idx: int) -> Entries:
         """Return slots for the entries at `kept`.

@@ -17,7 +17,12 @@ FORMAT_VERSION = 1
 
 
 def save_heads(
-    heads: PaperHeads, folder: Path, facts: ModelFacts, *, selection: str = "chunk-mass", training: dict[str, Any] | None = None
+    heads: PaperHeads,
+    folder: Path,
+    facts: ModelFacts,
+    *,
+    selection: str = "chunk-mass",
+    training: dict[str, Any] | None = None,
 ) -> None:
     """Write heads so that `load_heads` makes the same ones again; each file is complete or absent at any moment.
 
@@ -70,13 +75,16 @@ def load_heads(
             f"{folder} holds no readable heads (expected config.json and model.safetensors): {error}; save them again"
         ) from error
     if version != FORMAT_VERSION:
-        raise FileFormatError(f"{folder} has format version {version}, this lococo reads {FORMAT_VERSION}; update lococo")
+        raise FileFormatError(
+            f"{folder} has format version {version}, this lococo reads {FORMAT_VERSION}; update lococo"
+        )
     if facts is not None:
         facts.check(config["base_model"], str(folder))
     if (settings["slots_per_layer"], settings["head_dim"]) != (slots_per_layer, head_dim):
         raise FileFormatError(
             f"{folder} was made for head_dim {settings['head_dim']} and slots {_brief(settings['slots_per_layer'])}, "
-            f"but head_dim {head_dim} and slots {_brief(slots_per_layer)} were asked for; use the same --num-slots and model"
+            f"but head_dim {head_dim} and slots {_brief(slots_per_layer)} were asked for; "
+            "use the number of slots and the model they were made for"
         )
     heads = PaperHeads(**settings)
     try:

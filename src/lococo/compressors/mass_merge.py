@@ -40,7 +40,9 @@ class MassMerge:
 
         total = torch.zeros_like(mass[..., :m]).scatter_add_(2, anchor, mass)
         weighted = torch.zeros_like(slots.values, dtype=torch.float32)
-        weighted = weighted.scatter_add(2, anchor[..., None].expand(-1, -1, -1, d), entries.values.float() * mass[..., None])
+        weighted = weighted.scatter_add(
+            2, anchor[..., None].expand(-1, -1, -1, d), entries.values.float() * mass[..., None]
+        )
         gained = (total / mass.gather(2, kept)).log()
         return replace(
             slots,

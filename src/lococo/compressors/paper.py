@@ -4,8 +4,8 @@ Half of the slots keep the entries with the highest scores verbatim; each of the
 rest, W = (1 - n) R + n softmax(conv([K; V])): R picks the entry with the next-highest score, n is one number per layer.
 With n = 0, the default start, this is plain top-M eviction, whatever the convolution says.
 
-Deviations from the authors' code: slots stay in temporal order; no ReLU under the softmax, which floored its logits; the
-convolution starts small, so that the softmax is not saturated; biases are saved with the rest.
+Deviations from the authors' code: slots stay in temporal order; no ReLU under the softmax, which floored its logits;
+the convolution starts small, so that the softmax is not saturated; biases are saved with the rest.
 """
 
 from dataclasses import replace

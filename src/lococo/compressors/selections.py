@@ -18,7 +18,7 @@ def accumulated_mass(entries: Entries) -> Tensor:
 
 
 def last_query_mass(entries: Entries) -> Tensor:
-    """Score by the attention of the last token, averaged over heads, which all keep the same: TOVA (arXiv 2401.06104)."""
+    """Score by the last token's attention, averaged over heads, so that all keep the same: TOVA (arXiv 2401.06104)."""
     return entries.chunk_mass(last=1).mean(1, keepdim=True)
 
 

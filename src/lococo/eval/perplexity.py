@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lococo.attachment import attach, window_of
+from lococo.attachment import attach
 from lococo.budgets import slots_for
 from lococo.cache import Positions
 from lococo.documents import encode_stream, read_text
@@ -56,9 +56,9 @@ def evaluate(
         progress: Called with windows done and windows in all, after each.
 
     Returns:
-        One row per domain and compressor: task, domain, compressor, num_slots, chunk_size, max_length, tokens, nll (nats per
-        token), gap (nll minus the full cache's), gap_low and gap_high (95 %, bootstrap over windows), and per window
-        window_tokens and window_nll, from which other differences can be computed.
+        One row per domain and compressor: task, domain, compressor, num_slots, chunk_size, max_length, tokens, nll
+        (nats per token), gap (nll minus the full cache's), gap_low and gap_high (95 %, bootstrap over windows), and
+        per window window_tokens and window_nll, from which other differences can be computed.
 
     Raises:
         ArgumentError: If no token would count, or a number or name is out of range.
@@ -96,7 +96,12 @@ def evaluate(
             sums = []
             for window in windows:
                 with attach(
-                    model, name, num_slots=num_slots, chunk_size=chunk_size, positions=positions, slots_per_layer=slots[name]
+                    model,
+                    name,
+                    num_slots=num_slots,
+                    chunk_size=chunk_size,
+                    positions=positions,
+                    slots_per_layer=slots[name],
                 ) as attached:
                     scores = score(model, torch.tensor([window]), attached.new_cache())
                 sums.append(-scores[0, 2 * chunk_size - 1 :].double().sum().item())
@@ -164,17 +169,15 @@ def difference(rows: Iterable[Row], better: str, worse: str) -> tuple[float, flo
         if row["compressor"] in by_name:
             by_name[row["compressor"]] += zip(row["window_nll"], row["window_tokens"], strict=True)
     counts = [count for _, count in by_name[better]]
-    sums = [
-        (high - low) * count for (high, count), (low, _) in zip(by_name[worse], by_name[better], strict=True)
-    ]
+    sums = [(high - low) * count for (high, count), (low, _) in zip(by_name[worse], by_name[better], strict=True)]
     return (sum(sums) / sum(counts), *interval(sums, counts))
 
 
 def domains(data: Path) -> dict[str, list[Path]]:
     """Return the .txt and .jsonl files of each domain.
 
-    A domain is a subfolder. Where it is split into parts, only the part named "val" (a folder or val.jsonl) is taken: what
-    a model was trained on says nothing. SOURCE.txt, LICENSE.txt and README.txt describe the data and are left out.
+    A domain is a subfolder. Where it is split into parts, only the part named "val" (a folder or val.jsonl) is taken:
+    what a model was trained on says nothing. SOURCE.txt, LICENSE.txt and README.txt describe the data and are left out.
     """
     if not data.is_dir():
         raise DocumentError(f"no such folder: {data}; expected one subfolder per domain with .txt or .jsonl files")
@@ -186,7 +189,9 @@ def domains(data: Path) -> dict[str, list[Path]]:
             candidates = [folder / "val.jsonl"]
         else:
             candidates = folder.rglob("*")
-        files = sorted(path for path in candidates if path.suffix in (".txt", ".jsonl") and path.stem not in DESCRIPTIONS)
+        files = sorted(
+            path for path in candidates if path.suffix in (".txt", ".jsonl") and path.stem not in DESCRIPTIONS
+        )
         if files:
             found[folder.name] = files
     if not found:
@@ -197,9 +202,7 @@ def domains(data: Path) -> dict[str, list[Path]]:
 DESCRIPTIONS = ("SOURCE", "LICENSE", "README")
 
 
-def _windows(
-    tokenizer: PreTrainedTokenizerBase, files: Iterable[Path], length: int, least: int
-) -> Iterator[list[int]]:
+def _windows(tokenizer: PreTrainedTokenizerBase, files: Iterable[Path], length: int, least: int) -> Iterator[list[int]]:
     """Yield windows of at most `length` and at least `least` tokens, one per document in turn."""
     waiting = [_cut(encode_stream(tokenizer, text), length, least) for file in files for text in _texts(file)]
     while waiting:

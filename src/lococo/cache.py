@@ -253,9 +253,12 @@ class SlotLayer(CacheLayerMixin):
             if self.queries is None:
                 self.queries = queries.new_zeros(b, h, heads // h, self.chunk_size, d)
             # A ring: the query of a row's n-th token lies at n modulo chunk_size.
-            row, column = self._real_columns()
-            place = self.chunk.token_index.expand(b, -1)[row, column] % self.chunk_size
-            self.queries[row, :, :, place] = queries[row, :, :, column]
+            place = self.chunk.token_index % self.chunk_size
+            if self.chunk.real is None and len(set(self.rows.tokens)) == 1:
+                self.queries[:, :, :, place[0]] = queries
+            else:
+                row, column = self._real_columns()
+                self.queries[row, :, :, place.expand(b, -1)[row, column]] = queries[row, :, :, column]
         if self.mass is not None:
             width = self._width(self.filled)
             self.mass[:, :, :width] += attention_mass(

@@ -109,7 +109,9 @@ def _page(group: str = "") -> str:
     """Return the help of lococo itself, or of a group of verbs such as `eval`."""
     shown = {name.removeprefix(group).strip(): verb for name, verb in VERBS.items() if name.startswith(group)}
     heads = list(dict.fromkeys(name.split()[0] for name in shown))
-    lines = [f"usage: {' '.join(['lococo', group]).strip()} [-h] {'' if group else '[--version] '}{{{','.join(heads)}}} ..."]
+    lines = [
+        f"usage: {' '.join(['lococo', group]).strip()} [-h] {'' if group else '[--version] '}{{{','.join(heads)}}} ..."
+    ]
     if not group:
         lines += ["", "Read text of any length with any Hugging Face decoder, in a fixed number of key/value slots."]
     lines.append("")
@@ -131,15 +133,15 @@ def flag_names(verb: Callable[..., None]) -> list[str]:
     return names
 
 
-def _summary(verb: Callable[..., None]) -> str:
-    return (inspect.getdoc(verb) or "").partition("\n")[0]
+def _summary(documented: object) -> str:
+    return (inspect.getdoc(documented) or "").partition("\n")[0]
 
 
 def _parser(name: str, verb: Callable[..., None]) -> "ArgumentParser":
     """Make a verb's parser of its signature: positional parameters, flags, and the fields of its option groups."""
     from jsonargparse import ArgumentParser
 
-    class Parser(ArgumentParser):  # type: ignore[misc]
+    class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise ArgumentError(f"{_plain(message, flag_names(verb))}; see `lococo {name} --help`")
 
@@ -152,11 +154,13 @@ def _parser(name: str, verb: Callable[..., None]) -> "ArgumentParser":
             for field in dataclasses.fields(parameter.annotation):
                 _add_flag(group, field.name, field.type, field.default, field_helps)
         elif parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-            many = {"nargs": "+"} if parameter.annotation == list[str] else {}
+            many: dict[str, Any] = {"nargs": "+"} if parameter.annotation == list[str] else {}
             parser.add_argument(parameter.name, type=str, help=helps.get(parameter.name), **many)
         else:
             _add_flag(parser, parameter.name, parameter.annotation, parameter.default, helps)
-    parser.add_argument("--config", action="config", metavar="FILE", help="YAML file with flags, written with underscores.")
+    parser.add_argument(
+        "--config", action="config", metavar="FILE", help="YAML file with flags, written with underscores."
+    )
     return parser
 
 

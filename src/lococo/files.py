@@ -56,7 +56,7 @@ def _begun(name: str) -> Iterator[str]:
 
 
 def _text_size(name: str) -> int | None:
-    """Return the size of a file that is plain text; None for a pipe, and where the text is dug out of something else."""
+    """Return the size of a file of plain text; None for a pipe, and where the text is dug out of something else."""
     path = Path(name).expanduser()
     if name == "-" or path.suffix.lower() in (".html", ".htm", ".pdf") or not path.is_file():
         return None

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -96,13 +97,13 @@ def head_of(kept: Sequence[Kept], layer: int, head: int) -> Kept:
         raise ArgumentError(f"no layer {layer} with slots; there are layers {min(layers)} to {max(layers)}")
     one = layers[layer]
     if not 0 <= head < len(one.token_index):
-        raise ArgumentError(f"no key/value head {head} in layer {layer}; there are heads 0 to {len(one.token_index) - 1}")
+        raise ArgumentError(
+            f"no key/value head {head} in layer {layer}; there are heads 0 to {len(one.token_index) - 1}"
+        )
     return Kept(layer, [one.token_index[head]], [one.log_mass[head]], one.waiting)
 
 
-def show_head(
-    one: Kept, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, file: TextIO
-) -> dict[str, Any]:
+def show_head(one: Kept, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, file: TextIO) -> dict[str, Any]:
     """Print the tokens that a single head keeps, in order, and return them for JSON."""
     table = Table("token", "log_mass", "text")
     for index, value in zip(one.token_index[0], one.log_mass[0], strict=True):
@@ -124,7 +125,8 @@ def show(
     console = Console(file=file)
     tokens = len(ids)
     console.print(_table(kept, info, ids, tokenizer))
-    console.print(f"Where in the {tokens:,} tokens the slots of each layer come from (rows are layers):", highlight=False)
+    waiting = f"; the last {kept[0].waiting} tokens are held beside them" if kept[0].waiting else ""
+    console.print(f"\nWhere in the text the slots of each layer come from{waiting}:", highlight=False)
     for one, line in zip(kept, blocks([one.shares(tokens, TERMINAL_BINS) for one in kept]), strict=True):
         console.print(f"{one.layer:>4} |{line}|", highlight=False, markup=False)
     check_picture(picture)
@@ -156,17 +158,16 @@ def show(
 
 def _table(kept: Sequence[Kept], info: ContextInfo, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Table:
     title = f"{info.path.name}: {len(ids):,} tokens read by {info.model} into slots ({info.compressor})"
-    table = Table(title=Text(title), title_justify="left")
-    for heading in ("layer", "slots", "first third", "middle", "last", "log_mass"):
-        table.add_column(heading, justify="right")
-    table.add_column("kept by most heads, with most mass", no_wrap=True, overflow="ellipsis", ratio=1)
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("layer", "slots", "first\nthird", "middle\nthird", "last\nthird", "log_\nmass"):
+        table.add_column(heading, justify="right", min_width=max(map(len, heading.split("\n"))))
+    table.add_column("kept by most heads, with most mass", no_wrap=True, overflow="ellipsis")
     for one in kept:
         # The share of the slots, not of the tokens: rows add up to 100 %.
         shares = one.shares(len(ids), 3)
         thirds = [f"{share / (sum(shares) or 1):.0%}" for share in shares]
-        favourites = one.favourites()[:3]
-        examples = Text(" · ").join(snippet(ids, index, tokenizer) for index in favourites)
-        table.add_row(str(one.layer), str(len(one.token_index[0])), *thirds, f"{one.mean_log_mass:.2f}", examples)
+        example = snippet(ids, one.favourites()[0], tokenizer)
+        table.add_row(str(one.layer), str(len(one.token_index[0])), *thirds, f"{one.mean_log_mass:.2f}", example)
     return table
 
 

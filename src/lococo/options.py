@@ -31,8 +31,8 @@ class SlotOptions:
     """What the text is read into.
 
     Attributes:
-        compressor: How entries become slots: full, streaming-llm, h2o, tova, snapkv, look-ahead, mass-merge, a pair such
-            as h2o+mass-merge, or a folder of heads.
+        compressor: How entries become slots: full, streaming-llm, h2o, tova, snapkv, look-ahead, mass-merge, a pair
+            such as h2o+mass-merge, or a folder of heads.
         num_slots: Entries that survive a compression, per layer and key/value head.
         chunk_size: Tokens per forward pass.
         positions: packed reads texts of any length; original keeps true distances, up to the model's window.

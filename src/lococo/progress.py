@@ -101,8 +101,10 @@ def _held(cache: Cache) -> str:
 
 def kv_nbytes(cache: Cache) -> int:
     """Return the bytes of keys and values in a cache of slots or of transformers."""
-    layers = [layer for layer in cache.layers if layer.is_initialized]
-    return sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in (layer.keys, layer.values))
+    if isinstance(cache, SlotCache):
+        return cache.kv_nbytes
+    tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 def resident_nbytes() -> int:

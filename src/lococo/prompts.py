@@ -1,13 +1,13 @@
-"""How a document and a question about it are laid out for a chat model, and token ids back to text as they come.
+r"""How a document and a question about it are laid out for a chat model, and token ids back to text as they come.
 
 A user's turn is split around the document, so that what comes before a question is the same for every question and can
 be read once:
 
-    opening  <|im_start|>user\\n           kept in a context, with the document
+    opening  <|im_start|>user\n           kept in a context, with the document
     document
-    question \\n\\n + question
-    closing  <|im_end|>\\n<|im_start|>assistant\\n
-    turn     <|im_end|>\\n<|im_start|>user\\n   ends an answer and begins the next question
+    question \n\n + question
+    closing  <|im_end|>\n<|im_start|>assistant\n
+    turn     <|im_end|>\n<|im_start|>user\n   ends an answer and begins the next question
 
 The parts are found by putting markers through the tokenizer's own chat template.
 """

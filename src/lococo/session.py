@@ -1,4 +1,4 @@
-"""What the verbs of the command line share: a model that is attached, documents read into a cache, questions answered."""
+"""What the verbs share: a model that is attached, documents read into a cache, questions answered."""
 
 import contextlib
 import time
@@ -13,11 +13,11 @@ import torch
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from lococo import compressors
-from lococo.attachment import Attachment, attach, window_of
+from lococo.attachment import Attachment, attach, slot_layer_indices, window_of
 from lococo.budgets import slots_for
 from lococo.cache import SlotCache
 from lococo.documents import encode_stream
-from lococo.errors import ArgumentError, ModelError, WindowError
+from lococo.errors import ArgumentError, FileFormatError, ModelError, WindowError
 from lococo.files import Text
 from lococo.models import DEFAULT_MODEL, load_model, model_id
 from lococo.options import AnswerOptions, ModelOptions, SlotOptions
@@ -25,7 +25,6 @@ from lococo.progress import kv_nbytes, reading
 from lococo.prompts import Prompt, text_stream
 from lococo.reader import prefill, stream
 from lococo.storage import ContextInfo, describe_context, load_context
-
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -153,6 +152,12 @@ def resumed(path: Path, using: ModelOptions) -> Iterator[tuple[Session, SlotCach
     """Load a context with the model and settings it was made with; yield the session, cache, token ids and header."""
     info = describe_context(path)
     model, tokenizer = _load_named(info, using)
+    theirs, ours = len(info.slots_per_layer), len(slot_layer_indices(model))
+    if theirs != ours:  # load_context compares the rest
+        raise FileFormatError(
+            f"{path} was made with {info.model}, which has {theirs} layers with slots, "
+            f"but {model_id(model)} has {ours}; name the model it was made with"
+        )
     attachment = attach(
         model,
         info.compressor,
@@ -167,9 +172,7 @@ def resumed(path: Path, using: ModelOptions) -> Iterator[tuple[Session, SlotCach
 
 
 def _load(using: ModelOptions) -> Loaded:
-    return load_model(
-        using.model, dtype=using.dtype, device=using.device, trust_remote_code=using.trust_remote_code
-    )
+    return load_model(using.model, dtype=using.dtype, device=using.device, trust_remote_code=using.trust_remote_code)
 
 
 def _load_named(info: ContextInfo, using: ModelOptions) -> Loaded:
@@ -177,9 +180,7 @@ def _load_named(info: ContextInfo, using: ModelOptions) -> Loaded:
     if using.model is not None or info.model == DEFAULT_MODEL:
         return _load(using)
     try:
-        return load_model(
-            info.model, dtype=using.dtype, device=using.device, trust_remote_code=using.trust_remote_code
-        )
+        return load_model(info.model, dtype=using.dtype, device=using.device, trust_remote_code=using.trust_remote_code)
     except ModelError as error:
         raise ModelError(
             f"{info.path} was made with the model {info.model}, which is not found under that name; "

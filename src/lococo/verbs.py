@@ -78,11 +78,13 @@ def compress(
     path = Path(output).expanduser()
     check_output(path, force=force)
     text = text_of(files)
+    from lococo.cache import SlotCache
     from lococo.session import opened
     from lococo.storage import save_context
 
     with opened(model, slots) as session:
         cache = session.slots.new_cache()
+        assert isinstance(cache, SlotCache)  # only "full" makes another
         reading = session.read(cache, text)
         # The check above is minutes old.
         check_output(path, force=force)
@@ -203,7 +205,7 @@ def eval_perplexity(
         max_length: Tokens of a window; tokens from the third chunk on count.
         max_windows: Windows per domain, one of each document in turn; all by default.
         json: File for the results, one JSON object per line; replaced once all are there.
-        positions: packed reads windows of any length; original keeps true distances, up to the window the model was trained for.
+        positions: packed reads texts of any length; original keeps true distances, up to the model's window.
         budget: How the slots are spread over the layers, at an equal total.
         model: Which model reads.
     """

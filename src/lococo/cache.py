@@ -107,8 +107,8 @@ class SlotLayer(CacheLayerMixin):
     # Tensors with one row per sequence of the batch; None before the first token or where nothing observes them.
     row_tensors: ClassVar = ("keys", "values", "positions", "log_mass", "token_index", "mass", "queries")
 
-    keys: Tensor  # type: ignore[assignment]  # None before the first token, when nothing asks for it
-    values: Tensor  # type: ignore[assignment]
+    keys: Tensor  # None before the first token, when nothing asks for it
+    values: Tensor
     positions: Tensor
     log_mass: Tensor
     token_index: Tensor
@@ -118,7 +118,7 @@ class SlotLayer(CacheLayerMixin):
     def __init__(
         self, layer_idx: int, num_slots: int, chunk_size: int, compressor: Compressor, rows: Rows, rotary: LayerRotary
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.layer_idx = layer_idx
         self.num_slots = num_slots
         self.chunk_size = chunk_size

@@ -4,7 +4,8 @@ from families import FAMILIES, left_padded, tiny, tokens
 from transformers import DynamicCache
 
 import lococo
-from lococo.compressors import COMPRESSORS
+from lococo.compressors import COMPRESSORS, MassMerge, Selection, SelectMerge
+from lococo.compressors.selections import recency
 from lococo.errors import ArgumentError, LococoError, WindowError
 
 LEARNING_FREE = [name for name in COMPRESSORS if name != "full"] + ["h2o+mass-merge", "streaming-llm+mass-merge"]
@@ -89,12 +90,12 @@ def test_how_a_text_is_cut_into_calls_does_not_matter(compressor, family):
 def test_moving_positions_back_changes_nothing_that_rope_sees(family, monkeypatch):
     # With a window just large enough, no slot ever reaches position 0, where distances would be cut short.
     model, ids = tiny(family), tokens(1, 150)
+    latest = SelectMerge("latest", Selection(recency), MassMerge())
     outputs = []
     for window in (1024, 150 - 16):
         monkeypatch.setattr(model.config, "max_position_embeddings", window)
-        with lococo.attach(model, "streaming-llm+mass-merge", num_slots=40, chunk_size=16) as slots:
+        with lococo.attach(model, latest, num_slots=40, chunk_size=16) as slots:
             cache = slots.new_cache()
-            slots.compressor.selection.__dict__["sinks"] = 0
             outputs.append(model(ids, past_key_values=cache).logits)
             assert max(cache.rows.next_position) <= window
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-3, rtol=0)
@@ -105,7 +106,6 @@ def test_packed_positions_stay_inside_the_window(monkeypatch):
     model = tiny()
     monkeypatch.setattr(model.config, "max_position_embeddings", 64)
     seen = []
-    hook = model.model.register_forward_pre_hook(lambda module, args: None)
     forward = model.model.rotary_emb.forward
     monkeypatch.setattr(
         model.model.rotary_emb,
@@ -115,7 +115,6 @@ def test_packed_positions_stay_inside_the_window(monkeypatch):
     with lococo.attach(model, "look-ahead", num_slots=32, chunk_size=16) as slots:
         cache = slots.new_cache()
         logits = model(tokens(1, 400), past_key_values=cache).logits
-    hook.remove()
     assert max(seen) == 63
     assert logits.isfinite().all()
     positions = cache.slot_layers[0].positions[..., : cache.slot_layers[0].filled[0]]
@@ -253,6 +252,22 @@ def test_an_interrupted_chunk_leaves_the_cache_as_it_was(monkeypatch):
         again = model(ids[:, 70:], past_key_values=cache).logits
         expected = model(ids[:, 70:], past_key_values=undisturbed).logits
     torch.testing.assert_close(again, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_an_interrupted_compression_is_not_read_on_from(monkeypatch):
+    model, ids = tiny(), tokens(1, 60)
+    with lococo.attach(model, "h2o", num_slots=40, chunk_size=16) as slots:
+        cache = slots.new_cache()
+        model(ids[:, :56], past_key_values=cache)
+        monkeypatch.setattr(cache.slot_layers[2], "compress", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, 56:], past_key_values=cache)
+        monkeypatch.undo()
+        with pytest.raises(LococoError, match="interrupted halfway"):
+            model(ids[:, 56:], past_key_values=cache)
+        cache.reset()
+        model(ids, past_key_values=cache)
 
 
 @torch.no_grad()

@@ -126,6 +126,7 @@ class SlotLayer(CacheLayerMixin):
         self.rows = rows
         self.rotary = rotary
         self.chunk: Chunk | None = None
+        self.chunk_mass: Tensor | None = None
         self.scaling = 1.0
         self.softcap: float | None = None
         self.reset()
@@ -261,7 +262,8 @@ class SlotLayer(CacheLayerMixin):
                 self.queries[row, :, :, place.expand(b, -1)[row, column]] = queries[row, :, :, column]
         if self.mass is not None:
             width = self._width(self.filled)
-            self.mass[:, :, :width] += attention_mass(
+            # Added once the whole chunk is read: one that is interrupted must leave no trace.
+            self.chunk_mass = attention_mass(
                 self.keys[:, :, :width],
                 self.log_mass[:, :, :width],
                 queries,
@@ -270,6 +272,11 @@ class SlotLayer(CacheLayerMixin):
                 visible=self.visible(),
                 weight=None if self.chunk.real is None else self.chunk.real.float(),
             )
+
+    def chunk_read(self) -> None:
+        """Keep what was observed of a chunk, now that every layer has read it."""
+        if self.mass is not None and self.chunk_mass is not None:
+            self.mass[:, :, : self.chunk_mass.shape[2]] += self.chunk_mass
 
     def compress(self, rows: list[int], shift: dict[int, int]) -> None:
         """Make slots of the entries of these rows.
@@ -416,6 +423,7 @@ class SlotCache(Cache):
         self.window = window
         self.rotary = rotary
         self.rows = Rows(min(slots_per_layer) + chunk_size, chunk_size)
+        self.incomplete = False
         budgets = iter(slots_per_layer)
         super().__init__(
             layers=[
@@ -494,10 +502,12 @@ class SlotCache(Cache):
             for layer in self.slot_layers:
                 layer.chunk = chunk
             yield chunk
+            for layer in self.slot_layers:
+                layer.chunk_read()
             self.rows.advance(chunk)
         finally:
             for layer in self.slot_layers:
-                layer.chunk = None
+                layer.chunk = layer.chunk_mass = None
 
     def _next_chunk(
         self, batch: int, columns: int, real: Tensor | None, position_ids: Tensor | None, device: torch.device
@@ -524,6 +534,9 @@ class SlotCache(Cache):
         """Make slots of everything that these rows hold, in every layer."""
         if not rows:
             return
+        if self.incomplete:
+            raise LococoError("a compression of this cache was interrupted halfway; reset() it and read again")
+        self.incomplete = True
         shift = {row: self._shift(row) for row in rows}
         for layer in self.slot_layers:
             layer.compress(rows, shift)
@@ -531,6 +544,7 @@ class SlotCache(Cache):
             self._shift_other_layers(shift)
         for row in rows:
             self.rows.compressed(row, shift[row])
+        self.incomplete = False
 
     def _shift(self, row: int) -> int:
         """Return how far a row's positions must move back for the next chunk to end inside the window."""
@@ -553,6 +567,7 @@ class SlotCache(Cache):
     def reset(self) -> None:
         """Forget everything that was read."""
         super().reset()  # type: ignore[no-untyped-call]
+        self.incomplete = False
         self.rows.clear()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

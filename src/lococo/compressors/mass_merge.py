@@ -27,26 +27,42 @@ class MassMerge:
 
     def __call__(self, entries: Entries, kept: Tensor, scores: Tensor, layer_idx: int) -> Entries:
         """Return the kept entries with the others merged into them."""
-        m, d = kept.shape[-1], entries.values.shape[-1]
+        b, h, m = kept.shape
         slots = entries.take(kept)
         mass = entries.future_mass.clamp(min=1e-9)
-        directions = torch.nn.functional.normalize(entries.unrotated_keys().float(), dim=-1)
-        anchors = directions.gather(2, kept[..., None].expand(-1, -1, -1, directions.shape[-1]))
-        similarity = torch.einsum("bhsd,bhmd->bhsm", directions, anchors)
-        # The same token twice has the same key in the first layer: the later one is taken, not what rounding prefers.
-        anchor = (similarity + TIE_BREAK * kept[:, :, None] / len(entries)).argmax(-1)
-        # A kept entry is its own anchor, even where another one's key is the same.
-        anchor.scatter_(2, kept, torch.arange(m, device=kept.device).expand_as(kept))
+        gone = torch.ones_like(mass, dtype=torch.bool).scatter_(2, kept, False).nonzero()[:, 2].view(b, h, -1)
+        anchor = self._anchors(entries, gone, kept)
 
-        total = torch.zeros_like(mass[..., :m]).scatter_add_(2, anchor, mass)
-        weighted = torch.zeros_like(slots.values, dtype=torch.float32)
-        weighted = weighted.scatter_add(
-            2, anchor[..., None].expand(-1, -1, -1, d), entries.values.float() * mass[..., None]
+        own = mass.gather(2, kept)
+        share = mass.gather(2, gone)
+        total = own.scatter_add(2, anchor, share)
+        d = entries.values.shape[-1]
+        values = entries.values.float()
+        weighted = (slots.values.float() * own[..., None]).scatter_add(
+            2,
+            anchor[..., None].expand(-1, -1, -1, d),
+            values.gather(2, gone[..., None].expand(-1, -1, -1, d)) * share[..., None],
         )
-        gained = (total / mass.gather(2, kept)).log()
+        gained = (total / own).log()
         return replace(
             slots,
             values=(weighted / total[..., None]).to(entries.values.dtype),
             log_mass=(slots.log_mass + gained).clamp(max=self.max_log_mass),
-            mass=None if entries.mass is None else torch.zeros_like(total).scatter_add_(2, anchor, entries.mass),
+            mass=None if slots.mass is None else self._summed(entries, slots, gone, anchor),
         )
+
+    def _anchors(self, entries: Entries, gone: Tensor, kept: Tensor) -> Tensor:
+        """Return which of the kept entries each of those that go is most similar to, (b h gone)."""
+        directions = torch.nn.functional.normalize(entries.unrotated_keys().float(), dim=-1)
+        from_there, to_here = (
+            directions.gather(2, index[..., None].expand(-1, -1, -1, directions.shape[-1])) for index in (gone, kept)
+        )
+        similarity = from_there @ to_here.transpose(2, 3)
+        # The same token twice has the same key in the first layer: the later one is taken, not what rounding prefers.
+        similarity += TIE_BREAK * kept[:, :, None] / len(entries)
+        return similarity.argmax(-1)
+
+    def _summed(self, entries: Entries, slots: Entries, gone: Tensor, anchor: Tensor) -> Tensor:
+        assert entries.mass is not None
+        assert slots.mass is not None
+        return slots.mass.scatter_add(2, anchor, entries.mass.gather(2, gone))

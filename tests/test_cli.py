@@ -113,7 +113,7 @@ class TestHelp:
     def test_the_first_page_lists_every_verb(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["--help"]) == 0
         page = capsys.readouterr().out
-        assert page.startswith("usage: lococo [-h] [--version] {demo,run,compress,ask,chat,inspect,eval} ...")
+        assert page.startswith("usage: lococo [-h] [--version] {demo,run,compress,ask,chat,inspect,eval,bench} ...")
         assert "  eval perplexity   Measure what compression costs" in page
 
     def test_no_words_are_help(self, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ from types import FrameType
 from transformers import Cache
 
 from lococo.options import AnswerOptions
-from lococo.progress import kv_nbytes, mib, resident_nbytes
+from lococo.progress import mib, resident_nbytes
 from lococo.session import Session
 
 

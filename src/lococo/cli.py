@@ -27,10 +27,19 @@ VERBS: dict[str, Callable[..., None]] = {
     "chat": verbs.chat,
     "inspect": verbs.inspect,
     "eval perplexity": verbs.eval_perplexity,
+    "bench": verbs.bench,
 }
 
 SHORT = {"output": "-o"}
-METAVARS = {"json": "FILE", "picture": "FILE", "output": "FILE", "data": "DIR", "compressor": "NAME", "model": "NAME"}
+METAVARS = {
+    "json": "FILE",
+    "picture": "FILE",
+    "output": "FILE",
+    "data": "DIR",
+    "compressor": "NAME",
+    "model": "NAME",
+    "lengths": "N",
+}
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # as a shell reports SIGINT
@@ -171,8 +180,8 @@ def _add_flag(parser: Any, name: str, kind: Any, default: Any, helps: dict[str, 
     if kind is bool:
         parser.add_argument(*names, action="store_true", **settings)
         return
-    if kind == list[str]:
-        settings.update(nargs="+", type=str)
+    if kind in (list[str], list[int]):
+        settings.update(nargs="+", type=kind.__args__[0])
     else:
         settings.update(type=kind)
     if "Literal" not in str(kind):

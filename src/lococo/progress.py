@@ -1,7 +1,7 @@
 """What a long read shows on stderr while it runs; nothing where stderr is not a terminal."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import Cache
 
-from lococo.cache import SlotCache
+from lococo.cache import SlotCache, kv_nbytes
 
 # Characters handed to the tokenizer at a time, so that the share of a file that was encoded is known.
 SLICE_CHARS = 1 << 14
@@ -99,12 +99,21 @@ def _held(cache: Cache) -> str:
     return f"{min(filled, cache.num_slots):,.0f}/{cache.num_slots:,.0f} slots"
 
 
-def kv_nbytes(cache: Cache) -> int:
-    """Return the bytes of keys and values in a cache of slots or of transformers."""
-    if isinstance(cache, SlotCache):
-        return cache.kv_nbytes
-    tensors = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar of things done, if stderr is a terminal; yields a function that takes those done and all there are."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    columns = (
+        BarColumn(bar_width=20),
+        TextColumn("{task.completed:,.0f} of {task.total:,.0f} " + what),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def resident_nbytes() -> int:

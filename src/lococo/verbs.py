@@ -5,15 +5,16 @@ Nothing here imports torch before a verb runs. Every verb checks its files first
 
 import json as jsonlib
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from lococo.errors import ArgumentError
-from lococo.files import check_exists, check_output, text_of
+from lococo.files import check_exists, check_output, rows_file, text_of
 from lococo.options import AnswerOptions, ModelOptions, SlotOptions, check_at_least_one
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 CONTEXT = "a context that `lococo compress` wrote"
 
@@ -218,18 +219,12 @@ def eval_perplexity(
     check_output(target, force=True)
     from lococo.eval import perplexity
     from lococo.models import load_model
+    from lococo.progress import counting
 
     loaded, tokenizer = load_model(
         model.model, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code
     )
-    # Rows go to a file beside it as they come: hours of work outlive an interruption, and so does an older result.
-    partial = target.with_name(target.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-
-        def report(row: dict[str, Any]) -> None:
-            file.write(jsonlib.dumps(row) + "\n")
-            file.flush()
-
+    with rows_file(target) as report, counting("windows") as progress:
         rows = perplexity.evaluate(
             loaded,
             tokenizer,
@@ -242,23 +237,67 @@ def eval_perplexity(
             positions=positions,
             budget=budget,
             report=report,
+            progress=progress,
         )
-    partial.replace(target)
-    _print_perplexity(rows)
-
-
-def _print_perplexity(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table("domain", "compressor", title="nats per token; gap to the full cache on the same tokens")
-    for heading in ("tokens", "nll", "gap"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(
-            str(row["domain"]), str(row["compressor"]), f"{row['tokens']:,}", f"{row['nll']:.4f}", f"{row['gap']:+.4f}"
-        )
-    Console().print(table)
+    from lococo.eval.tables import tables
+
+    Console().print(*tables(rows))
+
+
+def bench(
+    *,
+    lengths: list[int],
+    compressor: list[str],
+    num_slots: int = 512,
+    chunk_size: int = 256,
+    repeats: int = 5,
+    decode_tokens: int = 32,
+    json: str,
+    model: ModelOptions,
+) -> None:
+    """Measure speed and memory of reading and decoding, compressors taking turns, each in a fresh process.
+
+    Args:
+        lengths: Tokens of the prompt, one number or more.
+        compressor: Names to compare, one or more; full is transformers' own cache.
+        num_slots: Entries that survive a compression, per layer and key/value head.
+        chunk_size: Tokens per forward pass.
+        repeats: Rounds, of which the medians are taken.
+        decode_tokens: Tokens decoded after the prompt.
+        json: File for the results, one JSON object per line; replaced once all are there.
+        model: Which model reads.
+    """
+    check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, repeats=repeats, decode_tokens=decode_tokens)
+    check_at_least_one(lengths=min(lengths))
+    target = Path(json).expanduser()
+    check_output(target, force=True)
+    from rich.console import Console
+
+    from lococo.bench import measure
+    from lococo.progress import counting
+
+    rows: list[dict[str, Any]] = []
+    with rows_file(target) as report, counting("measurements") as progress:
+        total = len(lengths) * repeats * len(compressor)
+        for number, length in enumerate(lengths):
+            settings = [
+                measure.Setting(
+                    name, length, num_slots, chunk_size, model.dtype, model.device, model.model, decode_tokens
+                )
+                for name in compressor
+            ]
+            before = number * repeats * len(compressor)
+            for row in measure.bench(settings, repeats=repeats, progress=partial(_shifted, progress, before, total)):
+                rows.append(row)
+                report(row)
+    Console().print(measure.table(rows))
+
+
+def _shifted(progress: "Callable[[int, int], None]", before: int, total: int, done: int) -> None:
+    """Report what is done of one length as part of all lengths."""
+    progress(before + done, total)
 
 
 def _human(json: bool) -> TextIO:

@@ -14,9 +14,12 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lococo.errors import LococoError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Row = dict[str, Any]
 
@@ -54,13 +57,13 @@ class Setting:
     decode_tokens: int = 32
 
 
-def bench(settings: Sequence[Setting], *, repeats: int = 5, report: Callable[[Row], None] | None = None) -> list[Row]:
+def bench(settings: Sequence[Setting], *, repeats: int = 5, progress: Callable[[int], None] | None = None) -> list[Row]:
     """Measure settings of one length against each other.
 
     Args:
         settings: Run one after the other in each round, so that a slow minute of the machine meets all of them.
         repeats: Rounds.
-        report: Called with every single measurement.
+        progress: Called with the number of measurements done.
 
     Returns:
         One row per setting: its fields, the median of every figure, and per figure the smallest and largest value
@@ -70,17 +73,35 @@ def bench(settings: Sequence[Setting], *, repeats: int = 5, report: Callable[[Ro
         LococoError: If a measurement fails; the message is the process's own.
     """
     measured: list[list[Row]] = [[] for _ in settings]
-    for _ in range(repeats):
-        for rows, setting in zip(measured, settings, strict=True):
-            rows.append(measure_in_new_process(setting))
-            if report is not None:
-                report(asdict(setting) | rows[-1])
+    for turn in range(repeats * len(settings)):
+        which = turn % len(settings)
+        measured[which].append(measure_in_new_process(settings[which]))
+        if progress is not None:
+            progress(turn + 1)
     return [
         asdict(setting)
         | {figure: median(row[figure] for row in rows) for figure in FIGURES}
         | {"repeats": repeats, "spread": {f: [min(r[f] for r in rows), max(r[f] for r in rows)] for f in FIGURES}}
         for rows, setting in zip(measured, settings, strict=True)
     ]
+
+
+def table(rows: Sequence[Row]) -> "Table":
+    """Lay the medians out for people, with how they compare to the first setting of the same length."""
+    from rich.table import Table
+
+    from lococo.progress import mib
+
+    made = Table("tokens", "compressor", title="medians; factors are to the first compressor of the same length")
+    for heading in ("read tokens/s", "decode tokens/s", "first token s", "peak memory", "keys and values"):
+        made.add_column(heading, justify="right")
+    first: dict[int, Row] = {}
+    for row in rows:
+        base = first.setdefault(row["length"], row)
+        speeds = [f"{row[f]:,.1f} ({row[f] / base[f]:.2f}x)" for f in FIGURES[:2]]
+        memory = [mib(row[f]) for f in FIGURES[3:]]
+        made.add_row(f"{row['length']:,}", row["compressor"], *speeds, f"{row[FIGURES[2]]:,.1f}", *memory)
+    return made
 
 
 def measure_in_new_process(setting: Setting) -> Row:

@@ -27,7 +27,7 @@ class MassMerge:
 
     def __call__(self, entries: Entries, kept: Tensor, scores: Tensor, layer_idx: int) -> Entries:
         """Return the kept entries with the others merged into them."""
-        b, h, m = kept.shape
+        b, h, _ = kept.shape
         slots = entries.take(kept)
         mass = entries.future_mass.clamp(min=1e-9)
         gone = torch.ones_like(mass, dtype=torch.bool).scatter_(2, kept, False).nonzero()[:, 2].view(b, h, -1)

@@ -79,6 +79,6 @@ def _stats(session: Session, cache: Cache) -> str:
     figures = session.figures(cache, cache.seen if hasattr(cache, "seen") else cache.get_seq_length())
     slots = f"{figures['num_slots']:,.0f} slots" if figures["num_slots"] else "the full cache"
     return (
-        f"{figures['tokens']:,} tokens so far in {slots}: {mib(kv_nbytes(cache))} of keys and values "
+        f"{figures['tokens']:,} tokens so far in {slots}: {mib(figures['kv_nbytes'])} of keys and values "
         f"(full cache: {mib(figures['full_kv_nbytes'])}), {mib(resident_nbytes())} of memory in all"
     )

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from lococo.cache import SlotCache, SlotLayer
+from lococo.cache import SlotCache
 from lococo.rope import modeling_function
+from lococo.slot_layer import SlotLayer
 
 PREFIX = "lococo-"
 

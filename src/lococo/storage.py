@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lococo.attachment import Attachment
-from lococo.cache import SlotCache, SlotLayer
+from lococo.cache import SlotCache
 from lococo.compressors.heads import write_atomically
 from lococo.errors import DocumentError, FileFormatError
 from lococo.facts import ModelFacts
 from lococo.models import tokenizer_fingerprint
+from lococo.slot_layer import SlotLayer
 
 FORMAT_VERSION = 1
 KEY = "lococo_context"

@@ -1,0 +1,310 @@
+"""One layer's buffer of slots and fresh entries, written in place."""
+
+from collections import defaultdict
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from lococo.compressors.base import Compressor
+from lococo.entries import Entries, attention_mass
+from lococo.errors import LococoError
+from lococo.rope import LayerRotary
+from lococo.rows import Chunk, Rows
+
+
+class SlotLayer(CacheLayerMixin):
+    """One layer's buffer: (b h num_slots + chunk_size d) keys and values, and what belongs to each entry."""
+
+    is_sliding = False
+    # Tensors with one row per sequence of the batch; None before the first token or where nothing observes them.
+    row_tensors: ClassVar = ("keys", "values", "positions", "log_mass", "token_index", "mass", "queries")
+
+    keys: Tensor  # None before the first token, when nothing asks for it
+    values: Tensor
+    positions: Tensor
+    log_mass: Tensor
+    token_index: Tensor
+    mass: Tensor | None
+    queries: Tensor | None
+
+    def __init__(
+        self, layer_idx: int, num_slots: int, chunk_size: int, compressor: Compressor, rows: Rows, rotary: LayerRotary
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.layer_idx = layer_idx
+        self.num_slots = num_slots
+        self.chunk_size = chunk_size
+        self.compressor = compressor
+        self.rows = rows
+        self.rotary = rotary
+        self.chunk: Chunk | None = None
+        self.pending_mass: Tensor | None = None
+        self.scaling = 1.0
+        self.softcap: float | None = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was read."""
+        self.is_initialized = False
+        self.carries_mass = False
+        self.held: list[int] = []
+        for name in self.row_tensors:
+            setattr(self, name, None)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the buffer for keys and values shaped like these, (b h q d)."""
+        b, h, _, d = key_states.shape
+        width = self.num_slots + self.chunk_size
+        self.keys = key_states.new_zeros(b, h, width, d)
+        self.values = value_states.new_zeros(b, h, width, value_states.shape[-1])
+        self.positions = key_states.new_zeros(b, h, width, dtype=torch.float32)
+        self.log_mass = torch.zeros_like(self.positions)
+        self.token_index = torch.zeros_like(self.positions, dtype=torch.int64)
+        if "mass" in self.compressor.observes:
+            self.mass = torch.zeros_like(self.positions)
+        self.held = [0] * b
+        self.is_initialized = True
+
+    @property
+    def filled(self) -> list[int]:
+        """Entries held per row."""
+        return [held + fresh for held, fresh in zip(self.held, self.rows.fresh, strict=True)]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append a chunk's keys and values, (b h q d); return all that the chunk attends to, (b h s d)."""
+        if self.chunk is None:
+            raise LococoError(
+                "a SlotCache was given to a model that is not attached; call the model inside `with lococo.attach(...)`"
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        chunk, filled = self.chunk, self.filled
+        batch = len(filled)
+        self._write("keys", key_states, filled)
+        self._write("values", value_states, filled)
+        self._write("positions", chunk.position_ids.to(torch.float32).expand(batch, -1)[:, None], filled)
+        self._write("token_index", chunk.token_index.expand(batch, -1)[:, None], filled)
+        for name in ("log_mass", "mass"):
+            if getattr(self, name) is not None:
+                self._write(name, self.positions.new_zeros(1).expand(batch, 1, chunk.length), filled)
+        width = self._width(filled)
+        return self.keys[:, :, :width], self.values[:, :, :width]
+
+    def _width(self, filled: list[int]) -> int:
+        assert self.chunk is not None
+        return max(1, *(held + count for held, count in zip(filled, self.chunk.counts, strict=True)))
+
+    def _write(self, name: str, new: Tensor, filled: list[int]) -> None:
+        """Write a chunk's (b h q ...) behind the entries of each row."""
+        assert self.chunk is not None
+        buffer = getattr(self, name)
+        if buffer.requires_grad or new.requires_grad:
+            # Earlier steps of the graph have saved views of the buffer: leave them as they are.
+            buffer = buffer.clone()
+            setattr(self, name, buffer)
+        if self.chunk.real is None and len(set(filled)) == 1:
+            buffer[:, :, filled[0] : filled[0] + self.chunk.length] = new
+            return
+        row, column = self._real_columns()
+        target = torch.tensor(filled, device=new.device)[row] + self.chunk.ordinal.expand(len(filled), -1)[row, column]
+        buffer[row, :, target - 1] = new[row, :, column]
+
+    def _real_columns(self) -> tuple[Tensor, Tensor]:
+        assert self.chunk is not None
+        real = self.chunk.real
+        if real is None:
+            real = torch.ones(len(self.held), self.chunk.length, dtype=torch.bool, device=self.keys.device)
+        row, column = real.nonzero(as_tuple=True)
+        return row, column
+
+    def visible(self) -> Tensor:
+        """Return how many leading entries each query of the chunk sees, (b q) or (1 q); at least 1, for padding."""
+        assert self.chunk is not None
+        filled = self.filled
+        if len(set(filled)) == 1:
+            return (self.chunk.ordinal + filled[0]).clamp(min=1)
+        return (self.chunk.ordinal + torch.tensor(filled, device=self.keys.device)[:, None]).clamp(min=1)
+
+    def attention_bias(self, query: Tensor) -> Tensor | None:
+        """Return what is added to the attention logits of a chunk's queries.
+
+        Args:
+            query: (b h*g q d).
+
+        Returns:
+            Causality within the chunk, padding and log_mass, (b|1 h*g|1 q s) in the dtype of `query`; None where every
+            query sees every entry alike.
+        """
+        assert self.chunk is not None
+        filled = self.filled
+        width = self._width(filled)
+        uniform = self.chunk.real is None and len(set(filled)) == 1
+        if uniform and self.chunk.length == 1 and not self.carries_mass:
+            return None
+        key = (tuple(filled), width)
+        bias = self.chunk.biases.get(key)
+        if bias is None:
+            hidden = torch.arange(width, device=query.device) >= self.visible()[..., None]
+            bias = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
+            bias = bias.masked_fill_(hidden, torch.finfo(query.dtype).min)[:, None]
+            self.chunk.biases[key] = bias
+        if not self.carries_mass:
+            return bias
+        groups = query.shape[1] // self.keys.shape[1]
+        log_mass = self.log_mass[:, :, :width].to(query.dtype).repeat_interleave(groups, 1)
+        return bias + log_mass[:, :, None]
+
+    @torch.no_grad()
+    def observe(self, query: Tensor, scaling: float, softcap: float | None) -> None:
+        """Take down what the compressor asked for from a chunk's queries, (b h*g q d)."""
+        assert self.chunk is not None
+        self.scaling, self.softcap = scaling, softcap
+        b, heads, q, d = query.shape
+        h = self.keys.shape[1]
+        queries = query.view(b, h, heads // h, q, d)
+        if "queries" in self.compressor.observes:
+            if self.queries is None:
+                self.queries = queries.new_zeros(b, h, heads // h, self.chunk_size, d)
+            # A ring: the query of a row's n-th token lies at n modulo chunk_size.
+            place = self.chunk.token_index % self.chunk_size
+            if self.chunk.real is None and len(set(self.rows.tokens)) == 1:
+                self.queries[:, :, :, place[0]] = queries
+            else:
+                row, column = self._real_columns()
+                self.queries[row, :, :, place.expand(b, -1)[row, column]] = queries[row, :, :, column]
+        if self.mass is not None:
+            width = self._width(self.filled)
+            # Added once the whole chunk is read: one that is interrupted must leave no trace.
+            self.pending_mass = attention_mass(
+                self.keys[:, :, :width],
+                self.log_mass[:, :, :width],
+                queries,
+                scaling=scaling,
+                softcap=softcap,
+                visible=self.visible(),
+                weight=None if self.chunk.real is None else self.chunk.real.float(),
+            )
+
+    def chunk_read(self) -> None:
+        """Keep what was observed of a chunk, now that every layer has read it."""
+        if self.mass is not None and self.pending_mass is not None:
+            self.mass[:, :, : self.pending_mass.shape[2]] += self.pending_mass
+
+    def compress(self, rows: list[int], shift: dict[int, int]) -> None:
+        """Make slots of the entries of these rows.
+
+        Args:
+            rows: Rows whose buffer is full.
+            shift: Per row how many positions its entries move towards 0, where they stop.
+        """
+        filled = self.filled
+        groups: dict[int, list[int]] = defaultdict(list)
+        for row in rows:
+            groups[filled[row]].append(row)
+        for count, group in groups.items():
+            entries = self.entries(group, count)
+            if count > self.num_slots:
+                entries = self.compressor.compress(entries, self.num_slots, self.layer_idx)
+                self.carries_mass = self.carries_mass or bool(entries.log_mass.any())
+            if any(shift[row] for row in group):
+                entries = _moved_back(entries, [shift[row] for row in group])
+            self._store(group, entries)
+            for row in group:
+                self.held[row] = len(entries)
+
+    def entries(self, rows: list[int], count: int) -> Entries:
+        """Return the first `count` entries of rows that hold as many."""
+        index = self._row_index(rows)
+        queries = None
+        if self.queries is not None:
+            order = torch.arange(self.chunk_size) + torch.tensor([[self.rows.tokens[row]] for row in rows])
+            order = (order % self.chunk_size).to(self.keys.device)
+            ring = self.queries[index]
+            queries = ring.gather(3, order[:, None, None, :, None].expand_as(ring))
+        return Entries(
+            keys=self.keys[index][:, :, :count],
+            values=self.values[index][:, :, :count],
+            positions=self.positions[index][:, :, :count],
+            log_mass=self.log_mass[index][:, :, :count],
+            token_index=self.token_index[index][:, :, :count],
+            mass=None if self.mass is None else self.mass[index][:, :, :count],
+            queries=queries,
+            rotary=self.rotary,
+            scaling=self.scaling,
+            softcap=self.softcap,
+        )
+
+    def _store(self, rows: list[int], entries: Entries) -> None:
+        index = self._row_index(rows)
+        for name in ("keys", "values", "positions", "log_mass", "token_index", "mass"):
+            new = getattr(entries, name)
+            if new is None:
+                continue
+            buffer = getattr(self, name)
+            if buffer.requires_grad or new.requires_grad:
+                buffer = buffer.clone()
+                setattr(self, name, buffer)
+            buffer[index, :, : len(entries)] = new
+
+    def _row_index(self, rows: list[int]) -> Tensor | slice:
+        return slice(None) if len(rows) == len(self.held) else torch.tensor(rows, device=self.keys.device)
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, in this order; a row may be taken more than once."""
+        if not self.is_initialized:
+            return
+        for name in self.row_tensors:
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, tensor.index_select(0, rows.to(tensor.device)))
+        self.held = [self.held[row] for row in rows.tolist()]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams of a beam search."""
+        self.select_rows(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        self.select_rows(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self.select_rows(torch.arange(len(self.held)).repeat_interleave(repeats))
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (length, offset) of transformers' mask: of the chunk alone, since slots are visible to every query."""
+        return query_length, self.rows.seen
+
+    def get_seq_length(self) -> int:
+        """Return the columns read so far."""
+        return self.rows.seen
+
+    def get_max_length(self) -> int:
+        """Return -1: any number of tokens can be read."""
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refuse: what was compressed cannot be taken back."""
+        if tokens_to_remove:
+            raise LococoError(
+                "a SlotCache cannot forget its last tokens, which assisted decoding and prompt lookup ask for; "
+                "generate without an assistant, or with compressor 'full'"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything the layer holds."""
+        tensors = (getattr(self, name) for name in self.row_tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def _moved_back(entries: Entries, shift: list[int]) -> Entries:
+    """Rotate entries by `shift` positions (one per row) towards 0; what would fall below stays at 0."""
+    distance = torch.tensor(shift, dtype=torch.float32, device=entries.keys.device)[:, None, None]
+    positions = (entries.positions - distance).clamp(min=0)
+    return replace(
+        entries, keys=entries.rotary.rotate(entries.keys, positions - entries.positions), positions=positions
+    )

@@ -4,6 +4,7 @@ from families import tiny, tokens
 from transformers import DynamicCache
 
 import lococo
+import lococo.reader
 from lococo.errors import ArgumentError
 
 
@@ -79,3 +80,16 @@ def test_misuse_is_refused():
         next(lococo.stream(model, tokens(1, 3), cache, temperature=-1.0))
     with pytest.raises(ArgumentError, match="top_p"):
         next(lococo.stream(model, tokens(1, 3), cache, temperature=1.0, top_p=0.0))
+
+
+@pytest.mark.real_model
+@torch.no_grad()
+def test_a_text_shorter_than_the_slots_scores_as_with_the_full_cache(default_model):
+    model, tokenizer = default_model
+    ids = tokenizer(lococo.__doc__ + lococo.reader.__doc__, return_tensors="pt").input_ids
+    assert 200 < ids.shape[1] < 512
+    scores = []
+    for compressor in ("full", "mass-merge"):
+        with lococo.attach(model, compressor, num_slots=512, chunk_size=64) as slots:
+            scores.append(lococo.score(model, ids, slots.new_cache()))
+    torch.testing.assert_close(*scores, atol=1e-4, rtol=0)

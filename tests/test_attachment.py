@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import lococo
+from lococo.attachment import window_of
 from lococo.compressors import Drop, Selection, SelectMerge
 from lococo.compressors.selections import recency
 from lococo.errors import ArgumentError, LococoError, UnsupportedModelError
@@ -144,3 +145,46 @@ def test_models_without_a_growing_cache_are_refused():
     sliding = MistralForCausalLM(MistralConfig(**SMALL | {"sliding_window": 16}))
     with pytest.raises(UnsupportedModelError, match="constant already"):
         lococo.attach(sliding)
+
+
+def test_an_attached_model_cannot_be_copied():
+    model = tiny()
+    with lococo.attach(model, "h2o", num_slots=40), pytest.raises(LococoError, match="cannot be copied"):
+        copy.deepcopy(model)
+    copy.deepcopy(model)
+
+
+def test_gradient_checkpointing_is_refused():
+    model = copy.deepcopy(tiny()).train()
+    model.gradient_checkpointing_enable()
+    with (
+        lococo.attach(model, "h2o", num_slots=40, chunk_size=16) as slots,
+        pytest.raises(ArgumentError, match="gradient_checkpointing_disable"),
+    ):
+        model(tokens(1, 20), past_key_values=slots.new_cache())
+
+
+def test_longrope_is_read_within_its_original_window():
+    config = LlamaConfig(
+        **SMALL
+        | {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0] * 6,
+                "long_factor": [4.0] * 6,
+                "original_max_position_embeddings": 64,
+                "factor": 16.0,
+            }
+        }
+    )
+    torch.manual_seed(0)
+    model = LlamaModel(config).eval()
+    assert window_of(model) == 64
+    ids = tokens(1, 200)
+    with torch.no_grad(), lococo.attach(model, "mass-merge", num_slots=40, chunk_size=16) as slots:
+        at_once = model(ids, past_key_values=slots.new_cache()).last_hidden_state
+        cache = slots.new_cache()
+        parts = [model(part, past_key_values=cache).last_hidden_state for part in ids.split(37, 1)]
+        assert max(cache.rows.next_position) <= 64
+    torch.testing.assert_close(torch.cat(parts, 1), at_once, atol=2e-4, rtol=0)

@@ -26,6 +26,10 @@ def test_pyramid_falls_from_three_halves_to_one_half():
     assert slots == sorted(slots, reverse=True)
     assert (slots[0], slots[-1]) == (95, 33)
     assert pyramid(1, 10) == [10]
+    # no layer gets less than the compressor needs
+    slots = lococo.slots_for(tiny(), None, "pyramid", compressor="snapkv", num_slots=34, chunk_size=16)
+    assert sum(slots) == 4 * 34
+    assert min(slots) == 33
 
 
 def test_calibration_gives_the_sensitive_layers_more(monkeypatch):
@@ -53,7 +57,13 @@ def test_a_calibration_is_done_once(monkeypatch, tmp_path):
         slots = lococo.slots_for(tiny(), None, "calibrated", compressor="h2o", num_slots=20, chunk_size=16)
         assert slots == [10, 20, 30, 20]
     assert len(calls) == 1
-    assert json.loads(next((tmp_path / "budgets").iterdir()).read_text()) == slots
+    (kept,) = (tmp_path / "budgets").iterdir()
+    assert json.loads(kept.read_text()) == slots
+    kept.write_text("damaged")
+    assert lococo.slots_for(tiny(), None, "calibrated", compressor="h2o", num_slots=20, chunk_size=16) == slots
+    assert len(calls) == 2
+    # the text that is read fits the window: one group is compressed, the others hold all of it
+    assert calls[0][1].shape[1] == 1024 - 16
     assert lococo.slots_for(tiny(), None, "uniform", compressor="h2o", num_slots=20, chunk_size=16) == [20] * 4
     with pytest.raises(ArgumentError, match="unknown budget 'cubic'"):
         lococo.slots_for(tiny(), None, "cubic", compressor="h2o", num_slots=20, chunk_size=16)

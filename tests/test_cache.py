@@ -289,7 +289,7 @@ def test_misuse_is_refused():
         model(tokens(2, 20), past_key_values=cache)
         with pytest.raises(ArgumentError, match="batch of 2, now a batch of 3"):
             model(tokens(3, 5), past_key_values=cache)
-        with pytest.raises(ArgumentError, match=r"shape \(batch, 25\), got \(2, 5\)"):
+        with pytest.raises(ArgumentError, match=r"shape \(2, 25\), got \(2, 5\)"):
             model(tokens(2, 5), attention_mask=torch.ones(2, 5), past_key_values=cache)
         with pytest.raises(LococoError, match="cannot forget"):
             cache.crop(-1)
@@ -310,3 +310,32 @@ def test_gradients_flow_through_successive_compressions():
     assert heads.convolutions["1"].weight.grad.abs().sum() > 0
     assert model.model.embed_tokens.weight.grad[ids[0, :10]].abs().sum() > 0
     model.zero_grad()
+
+
+@pytest.mark.parametrize("positions", ["original", "packed"])
+@torch.no_grad()
+def test_positions_that_are_given_are_used(positions):
+    model, ids = tiny(), tokens(1, 60)
+    places = torch.arange(60)[None] * 3
+    expected = model(ids, position_ids=places, past_key_values=DynamicCache(config=model.config)).logits
+    with lococo.attach(model, "h2o", num_slots=60, chunk_size=16, positions=positions) as slots:
+        logits = model(ids, position_ids=places, past_key_values=slots.new_cache()).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_an_interrupted_chunk_of_a_model_with_sliding_layers_is_not_read_on_from():
+    model, ids = tiny("gemma3"), tokens(1, 60)
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    with lococo.attach(model, "h2o", num_slots=40, chunk_size=16) as slots:
+        cache = slots.new_cache()
+        model(ids[:, :30], past_key_values=cache)
+        hook = model.model.layers[2].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, 30:], past_key_values=cache)
+        hook.remove()
+        with pytest.raises(LococoError, match="interrupted halfway"):
+            model(ids[:, 30:], past_key_values=cache)

@@ -1,7 +1,9 @@
+import copy
 import json
 import struct
 
 import pytest
+import safetensors.torch
 import torch
 from families import FAMILIES, left_padded, tiny, tokens
 from tokenizers import Tokenizer
@@ -99,10 +101,42 @@ def rewrite_header(path, change):
     path.write_bytes(struct.pack("<Q", len(packed)) + packed + data[8 + length :])
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "foreign", "version", "no rows", "short rows"])
+HEADERS = {
+    "version": lambda header: header.update(format_version=7),
+    "no rows": lambda header: header.pop("rows"),
+    "short rows": lambda header: header["rows"].pop("room"),
+    "no slots": lambda header: header.update(slots_per_layer=None),
+    "odd compressor": lambda header: header.update(compressor=5),
+    "no facts": lambda header: header.update(facts={}),
+    "null facts": lambda header: header.update(facts=None),
+    "no row": lambda header: header["rows"].update(tokens=[]),
+    "too fresh": lambda header: header["rows"].update(fresh=[99]),
+    "negative room": lambda header: header["rows"].update(room=[-4]),
+    "room of text": lambda header: header["rows"].update(room=["a"]),
+    "never seen": lambda header: header["rows"].update(seen=-3),
+    "room that does not add up": lambda header: header["rows"].update(room=[1], fresh=[1]),
+    "no layers": lambda header: header.update(layers=[{}, {}]),
+    "empty layers": lambda header: header["layers"][0].update(held=[0]),
+    "too many held": lambda header: header["layers"][0].update(held=[41]),
+}
+
+
+@pytest.mark.parametrize("damage", HEADERS)
+def test_damaged_headers_are_refused(damage, tmp_path):
+    path = tmp_path / "a.safetensors"
+    saved(path, tokens(1, 150))
+    rewrite_header(path, HEADERS[damage])
+    with pytest.raises(FileFormatError, match=str(path)):
+        lococo.load_context(path, attached(), tokenizer())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "foreign", "nan", "half", "evil", "no queries"])
 def test_damaged_files_are_refused(damage, tmp_path):
     path = tmp_path / "a.safetensors"
     saved(path, tokens(1, 150))
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dictionary
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-1000])
     elif damage == "text":
@@ -110,17 +144,41 @@ def test_damaged_files_are_refused(damage, tmp_path):
     elif damage == "empty":
         path.write_bytes(b"")
     elif damage == "foreign":
-        import safetensors.torch
-
         safetensors.torch.save_file({"a": torch.zeros(3)}, path)
-    elif damage == "version":
-        rewrite_header(path, lambda header: header.update(format_version=7))
-    elif damage == "no rows":
-        rewrite_header(path, lambda header: header.pop("rows"))
     else:
-        rewrite_header(path, lambda header: header["rows"].pop("room"))
+        if damage == "nan":
+            tensors["2.keys"][0, 0, 3, 3] = torch.nan
+        elif damage == "half":
+            tensors["1.values"] = tensors["1.values"][:, :, :20].clone()
+        elif damage == "evil":
+            tensors["0.evil"] = torch.zeros(1)
+        else:
+            del tensors["3.queries"]
+        safetensors.torch.save_file(tensors, path, metadata)
     with pytest.raises(FileFormatError, match=str(path)):
         lococo.load_context(path, attached(), tokenizer())
+
+
+def test_other_weights_of_the_same_shape_are_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    saved(path, tokens(1, 150))
+    changed = copy.deepcopy(tiny())
+    torch.nn.init.normal_(changed.model.layers[2].mlp.up_proj.weight)
+    with pytest.raises(FileFormatError, match="other weights"):
+        lococo.load_context(path, lococo.attach(changed, "mass-merge", num_slots=40, chunk_size=16), tokenizer())
+
+
+@torch.no_grad()
+def test_a_context_can_be_asked_in_another_floating_point_type(tmp_path):
+    path = tmp_path / "a.safetensors"
+    cache = saved(path, tokens(1, 50))
+    half = copy.deepcopy(tiny()).to(torch.bfloat16)
+    more = tokens(1, 5, seed=2)
+    with attached():
+        expected = tiny()(more, past_key_values=cache).logits
+    with lococo.attach(half, "mass-merge", num_slots=40, chunk_size=16) as slots:
+        logits = half(more, past_key_values=lococo.load_context(path, slots, tokenizer()).cache).logits
+    assert torch.nn.functional.cosine_similarity(logits.float(), expected, -1).min() > 0.99
 
 
 def test_a_missing_file_is_said_so(tmp_path):

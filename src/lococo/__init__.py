@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lococo.cache import SlotCache
     from lococo.compressors import COMPRESSORS
     from lococo.compressors.base import Compressor, Selection, SelectMerge
+    from lococo.compressors.heads import save_heads
     from lococo.entries import Entries
     from lococo.errors import LococoError
     from lococo.models import load_model
@@ -46,6 +47,7 @@ _HOMES = {
     "prefill": "reader",
     "read": "reader",
     "save_context": "storage",
+    "save_heads": "compressors.heads",
     "score": "reader",
     "slots_for": "budgets",
     "stream": "reader",
@@ -68,6 +70,7 @@ __all__ = [
     "prefill",
     "read",
     "save_context",
+    "save_heads",
     "score",
     "slots_for",
     "stream",

@@ -95,7 +95,7 @@ class Attachment:
 
         self._restore = restore
         config._attn_implementation = attention.register(implementation)
-        self.decoder.forward = _reading_in_chunks(forward)
+        self.decoder.forward = _ReadingInChunks(forward, self.decoder)
         return self
 
     def __exit__(
@@ -147,9 +147,9 @@ def attach(
     window, layers = window_of(model), slot_layer_indices(model)
     if slots_per_layer is None:
         slots_per_layer = [num_slots] * len(layers)
-    if len(slots_per_layer) != len(layers) or min(slots_per_layer) < 1:
+    if len(slots_per_layer) != len(layers) or not all(isinstance(m, int) and m > 0 for m in slots_per_layer):
         raise ArgumentError(
-            f"slots_per_layer must hold a positive number for each of the {len(layers)} layers, "
+            f"slots_per_layer must hold a positive whole number for each of the {len(layers)} layers, "
             f"got {list(slots_per_layer)}"
         )
     widest = max(slots_per_layer) + chunk_size
@@ -162,8 +162,16 @@ def attach(
 
 
 def window_of(model: PreTrainedModel) -> int | None:
-    """Return how many positions the model was trained for, or None where it says nothing."""
-    window = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    """Return how many positions the model can be read at without a change of its RoPE, or None where it says nothing.
+
+    Models with longrope rotate by other angles beyond their original window, which keys in a cache cannot follow.
+    """
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        original = rope.get("original_max_position_embeddings")
+        window = original or getattr(config, "original_max_position_embeddings", None) or window
     return window if window and window < math.inf else None
 
 
@@ -191,27 +199,38 @@ def slot_layer_indices(model: PreTrainedModel) -> list[int]:
     return layers
 
 
-def _reading_in_chunks(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the decoder's forward so that a call with a SlotCache is read chunk by chunk, whatever its length."""
-    signature = inspect.signature(forward)
+class _ReadingInChunks:
+    """The decoder's forward, reading a call with a SlotCache chunk by chunk, whatever its length."""
 
-    def read(*args: Any, **kwargs: Any) -> Any:
-        arguments = signature.bind(*args, **kwargs).arguments
+    def __init__(self, forward: Callable[..., Any], decoder: PreTrainedModel) -> None:
+        self.forward = forward
+        self.decoder = decoder
+        self.__signature__ = inspect.signature(forward)  # generate() looks at it
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = self.__signature__.bind(*args, **kwargs).arguments
         arguments.update(arguments.pop("kwargs", {}))
         cache = arguments.get("past_key_values")
         if not isinstance(cache, SlotCache):
-            return forward(*args, **kwargs)
-        return _read_columns(forward, cache, arguments)
+            return self.forward(*args, **kwargs)
+        if self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False):
+            raise ArgumentError(
+                "transformers drops the cache under gradient checkpointing, so nothing can be read in slots; "
+                "call model.gradient_checkpointing_disable()"
+            )
+        return _read_columns(self.forward, cache, arguments)
 
-    read.__signature__ = signature  # type: ignore[attr-defined]  # generate() looks at it
-    return read
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise LococoError(
+            "an attached model cannot be copied: the copy would read with this one's weights; leave first"
+        )
 
 
 def _read_columns(forward: Callable[..., Any], cache: SlotCache, arguments: dict[str, Any]) -> Any:
     inputs: Tensor = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
     batch, columns = inputs.shape[:2]
     seen = cache.rows.seen
-    real = _real_columns(arguments.get("attention_mask"), columns, seen)
+    real = _real_columns(arguments.get("attention_mask"), batch, columns, seen)
     position_ids = arguments.get("position_ids")
     _check_window(cache, batch, columns, position_ids)
     outputs = []
@@ -239,15 +258,15 @@ def _cut(name: str, value: Any, start: int, stop: int, seen: int) -> Any:
     return value[:, start:stop] if name in PER_COLUMN and value is not None else value
 
 
-def _real_columns(attention_mask: Any, columns: int, seen: int) -> Tensor | None:
+def _real_columns(attention_mask: Any, batch: int, columns: int, seen: int) -> Tensor | None:
     """Return which columns of a call are tokens, (b columns) bool; None where all are."""
     if attention_mask is None:
         return None
-    if not isinstance(attention_mask, Tensor) or attention_mask.ndim != 2 or attention_mask.shape[1] != seen + columns:
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != (batch, seen + columns):
         shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
         raise ArgumentError(
             f"a SlotCache that has seen {seen} columns takes an attention mask of shape "
-            f"(batch, {seen + columns}), got {shape}"
+            f"({batch}, {seen + columns}), got {shape}"
         )
     real = attention_mask[:, -columns:].bool()
     return None if bool(real.all()) else real

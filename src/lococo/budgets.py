@@ -4,6 +4,7 @@ Layers differ: in SmolLM2-135M half of what compression loses is lost in five of
 is a list of slots per layer, of a given mean, for `attach(..., slots_per_layer=...)`.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -14,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lococo.attachment import attach, slot_layer_indices
+from lococo.attachment import attach, slot_layer_indices, window_of
 from lococo.compressors.heads import write_atomically
 from lococo.documents import demo_text, encode_stream
 from lococo.errors import ArgumentError
-from lococo.facts import ModelFacts
+from lococo.facts import weights_fingerprint
 from lococo.models import cache_folder
 from lococo.reader import read
 
@@ -58,21 +59,24 @@ def slots_for(
     if budget == "uniform":
         return [num_slots] * layers
     if budget == "pyramid":
-        return pyramid(layers, num_slots)
+        return pyramid(layers, num_slots, least=_least(model, compressor, num_slots))
     if budget != "calibrated":
         raise ArgumentError(f"unknown budget {budget!r}; expected one of {', '.join(BUDGETS)}")
-    key = json.dumps([ModelFacts.of(model).to_dict(), compressor, num_slots, chunk_size], sort_keys=True)
+    key = json.dumps([weights_fingerprint(model), compressor, num_slots, chunk_size])
     file = cache_folder() / "budgets" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-    if file.exists():
+    with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or damaged: measured again
         return [int(slots) for slots in json.loads(file.read_text("utf-8"))]
+    length = max(CALIBRATION_TOKENS, 2 * (num_slots + chunk_size))
+    if (window := window_of(model)) is not None:
+        length = min(length, window - chunk_size)
     ids: list[int] = []
     for piece in encode_stream(tokenizer, [demo_text()]):
         ids += piece
-        if len(ids) >= CALIBRATION_TOKENS:
+        if len(ids) >= length:
             break
     budgets = calibrated(
         model,
-        torch.tensor([ids[:CALIBRATION_TOKENS]]),
+        torch.tensor([ids[:length]]),
         compressor=compressor,
         num_slots=num_slots,
         chunk_size=chunk_size,
@@ -83,10 +87,10 @@ def slots_for(
     return budgets
 
 
-def pyramid(layers: int, num_slots: int) -> list[int]:
-    """Return slots that fall evenly from three halves of `num_slots` in the first layer to one half in the last."""
+def pyramid(layers: int, num_slots: int, least: int = 1) -> list[int]:
+    """Return slots that fall evenly, beyond `least` in each, to a third of that in the last layer."""
     weights = [1.5 - i / max(1, layers - 1) for i in range(layers)]
-    return shares(weights, num_slots, least=1)
+    return shares(weights, num_slots, least)
 
 
 def shares(weights: Sequence[float], num_slots: int, least: int) -> list[int]:
@@ -148,9 +152,14 @@ def calibrated(
         if progress is not None:
             progress(f"layers {first} to {last - 1}: {divergence:.4f} nats from the full cache")
     weights = [math.sqrt(value) for value in sensitivity]
-    with attach(model, compressor, num_slots=num_slots, chunk_size=chunk_size) as slots_of:
-        least = 1 if slots_of.compressor is None else slots_of.compressor.min_slots()
-    return shares(weights if sum(weights) > 0 else [1.0] * layers, num_slots, min(least, num_slots))
+    least = _least(model, compressor, num_slots)
+    return shares(weights if sum(weights) > 0 else [1.0] * layers, num_slots, least)
+
+
+def _least(model: PreTrainedModel, compressor: str, num_slots: int) -> int:
+    """Return the smallest number of slots that a layer can be given."""
+    attached = attach(model, compressor, num_slots=num_slots)
+    return 1 if attached.compressor is None else attached.compressor.min_slots()
 
 
 # Tokens whose predictions are compared: the whole vocabulary of every token would not fit in memory.

@@ -132,6 +132,8 @@ class SlotCache(Cache):
                 f"this cache has read a batch of {len(self.rows.tokens)}, now a batch of {batch} came; "
                 "use a new cache, or `batch_repeat_interleave`"
             )
+        if self.incomplete:
+            raise LococoError("reading into this cache was interrupted halfway; reset() it and read again")
         waiting = [True] * batch if real is None else real.any(1).tolist()
         self.compress([row for row in range(batch) if waiting[row] and self.rows.room[row] == 0])
         chunk = self._next_chunk(batch, columns, real, position_ids, device)
@@ -142,6 +144,10 @@ class SlotCache(Cache):
             for layer in self.slot_layers:
                 layer.chunk_read()
             self.rows.advance(chunk)
+        except BaseException:
+            # Slot layers take a chunk back by not counting it; transformers' own layers cannot.
+            self.incomplete = len(self.slot_layers) < len(self.layers)
+            raise
         finally:
             for layer in self.slot_layers:
                 layer.chunk = layer.pending_mass = None
@@ -161,9 +167,11 @@ class SlotCache(Cache):
             if min(counts) == length:
                 real = None
         ordinal = torch.arange(1, length + 1, device=device)[None] if real is None else real.cumsum(1)
-        if position_ids is None or self.positions == "packed":
-            start = torch.tensor(self.rows.next_position, device=device)[:, None]
-            position_ids = (start + ordinal - 1).clamp(min=0)
+        if position_ids is None:
+            position_ids = torch.tensor(self.rows.next_position, device=device)[:, None] + ordinal - 1
+        elif any(self.rows.shifted):
+            position_ids = position_ids - torch.tensor(self.rows.shifted, device=device)[:, None]
+        position_ids = position_ids.clamp(min=0)
         token_index = torch.tensor(self.rows.tokens, device=device)[:, None] + ordinal - 1
         return Chunk(length, counts, real, ordinal, token_index, position_ids[:, :length])
 
@@ -171,8 +179,6 @@ class SlotCache(Cache):
         """Make slots of everything that these rows hold, in every layer."""
         if not rows:
             return
-        if self.incomplete:
-            raise LococoError("a compression of this cache was interrupted halfway; reset() it and read again")
         self.incomplete = True
         shift = {row: self._shift(row) for row in rows}
         for layer in self.slot_layers:

@@ -1,6 +1,7 @@
 """A conversation without end: every turn is read into the same slots, so memory stays what it was."""
 
 import contextlib
+import io
 import signal
 import sys
 from collections.abc import Iterator
@@ -39,6 +40,8 @@ def _next_line() -> str | None:
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # gives input() line editing and a history
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a stray byte must not end a conversation
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:

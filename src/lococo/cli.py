@@ -93,6 +93,8 @@ def _run(words: list[str]) -> None:
     parser = _parser(name, verb)
     try:
         flags = parser.parse_args(words)
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"--config is no text in UTF-8 ({error}); expected YAML") from error
     except SystemExit:  # --help and --print_config end this way; errors are raised, see _parser
         return
     verb(**_arguments(verb, flags))

@@ -1,8 +1,10 @@
 """What a file that belongs to a model records about it, and the comparison when the file comes back."""
 
+import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from lococo.errors import FileFormatError, UnsupportedModelError
@@ -14,6 +16,7 @@ class ModelFacts:
 
     Attributes:
         model: Name of the model.
+        architecture: transformers' name of its kind.
         num_hidden_layers: Decoder layers.
         num_key_value_heads: Key/value heads of a layer.
         head_dim: Size of a key.
@@ -22,6 +25,7 @@ class ModelFacts:
     """
 
     model: str
+    architecture: str
     num_hidden_layers: int
     num_key_value_heads: int
     head_dim: int
@@ -46,6 +50,7 @@ class ModelFacts:
             )
         return ModelFacts(
             model=model_id(model),
+            architecture=config.model_type,
             num_hidden_layers=config.num_hidden_layers,
             num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -67,6 +72,8 @@ class ModelFacts:
         Raises:
             FileFormatError: If they differ; names both sides. The same model under another name is let through.
         """
+        if not isinstance(recorded, dict):
+            raise FileFormatError(f"{what} is damaged: it does not say which model it was made for; make it again")
         mine = self.to_dict()
         differing = [key for key in mine if key != "model" and recorded.get(key) != mine[key]]
         if differing:
@@ -76,3 +83,21 @@ class ModelFacts:
                 f"{what} was made for {recorded.get('model', 'another model')} ({theirs}), "
                 f"but the model here is {self.model} ({ours}); load it with the model it was made for"
             )
+
+
+# Values that are looked at in every parameter.
+SAMPLED_VALUES = 8
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Return a short hash of a few values of every parameter, "" for a model without any (meta device).
+
+    Values are rounded to bfloat16 first, so that a model has the same fingerprint in float32 and in bfloat16.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.is_meta:
+            return ""
+        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // SAMPLED_VALUES)]
+        digest.update(name.encode() + sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

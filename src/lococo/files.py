@@ -77,6 +77,18 @@ def check_exists(path: Path, what: str) -> None:
         raise DocumentError(f"{path} {found}; expected {what}")
 
 
+def check_not_input(path: Path, names: list[str]) -> None:
+    """Refuse an output file that is also read.
+
+    Raises:
+        ArgumentError: Names the file.
+    """
+    for name in names:
+        source = Path(name).expanduser()
+        if name != "-" and path.exists() and source.exists() and path.samefile(source):
+            raise ArgumentError(f"{path} is a document that is read, and would be lost; write to another file")
+
+
 def check_output(path: Path, *, force: bool = False) -> None:
     """Refuse an output file that could not be written, or would replace another.
 
@@ -90,6 +102,8 @@ def check_output(path: Path, *, force: bool = False) -> None:
     """
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "is a folder; name a file in it", str(path))
+    if path.exists() and not path.is_file():
+        raise ArgumentError(f"{path} is a device or a pipe, which moving a file into place would replace; name a file")
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such folder; make it first", str(path.parent))
     if path.exists() and not force:
@@ -112,5 +126,10 @@ def rows_file(target: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
             file.write(json.dumps(row) + "\n")
             file.flush()
 
-        yield write
+        try:
+            yield write
+        except BaseException:
+            if file.tell() == 0:
+                partial.unlink()
+            raise
     partial.replace(target)

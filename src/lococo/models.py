@@ -84,7 +84,7 @@ def load_model(
     dtype = _floating_type(dtype)
     device = _present_device(device)
     source, label = _resolve(name)
-    with _quiet(progress=source == label):
+    with _quiet(progress=source == label and sys.stderr.isatty()):
         model = _load_weights(source, label, dtype, trust_remote_code)
         tokenizer = _load_tokenizer(source, label, trust_remote_code)
     # transformers leaves the cache folder here, which differs from machine to machine.

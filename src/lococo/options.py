@@ -31,11 +31,11 @@ class SlotOptions:
     """What the text is read into.
 
     Attributes:
-        compressor: How entries become slots: full, streaming-llm, h2o, tova, snapkv, look-ahead, mass-merge, a pair
-            such as h2o+mass-merge, or a folder of heads.
+        compressor: How entries become slots: full, streaming-llm, h2o, tova, snapkv, chunk-mass, look-ahead,
+            mass-merge, lococo-paper, a pair such as h2o+mass-merge, or a folder of heads.
         num_slots: Entries that survive a compression, per layer and key/value head.
         chunk_size: Tokens per forward pass.
-        positions: packed reads texts of any length; original keeps true distances, up to the model's window.
+        positions: packed reads texts of any length; original refuses those longer than the model's window.
         budget: How the slots are spread over the layers, at an equal total.
     """
 
@@ -69,6 +69,8 @@ class AnswerOptions:
     def __post_init__(self) -> None:
         # The reader says the same, but only once a long text is read.
         check_at_least_one(max_new_tokens=self.max_new_tokens)
+        if self.seed is not None and not 0 <= self.seed < 1 << 63:
+            raise ArgumentError(f"--seed must be from 0 to 2**63 - 1, got {self.seed}")
         if not (0 <= self.temperature < float("inf") and 0 < self.top_p <= 1):
             raise ArgumentError(
                 f"expected temperature >= 0 and 0 < top_p <= 1, got {self.temperature} and {self.top_p}"

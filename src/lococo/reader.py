@@ -23,6 +23,9 @@ from lococo.errors import ArgumentError
 
 CHUNK_SIZE = 256
 
+# Below it the likeliest token has all the probability that float32 can tell.
+LEAST_TEMPERATURE = 1e-6
+
 
 @dataclass
 class Piece:
@@ -171,13 +174,15 @@ def stream(
             f"stream() answers one prompt at a time, got a batch of {ids.shape[0]}; use model.generate()"
         )
     warpers = _warpers(temperature, top_k, top_p)
+    if seed is not None and not 0 <= seed < 1 << 63:
+        raise ArgumentError(f"expected a seed from 0 to 2**63 - 1, got {seed}")
     no_ids = torch.empty(1, 0, dtype=torch.long)  # these warpers look at the logits alone
     generator = torch.Generator(model.device)
     generator.manual_seed(seed) if seed is not None else generator.seed()
     ends = _end_tokens(model)
     logits = prefill(model, ids, cache)
     for _ in range(max_new_tokens):
-        if temperature == 0:
+        if temperature < LEAST_TEMPERATURE:
             token = int(logits.argmax())
         else:
             probabilities = warpers(no_ids, logits.float()).softmax(-1)  # type: ignore[arg-type]

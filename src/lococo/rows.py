@@ -38,6 +38,7 @@ class Rows:
         fresh: Tokens since the row's last compression.
         room: Tokens that still fit before the row has to be compressed.
         next_position: Position of the row's next token.
+        shifted: How far the row's positions were moved back so far.
     """
 
     def __init__(self, first_room: int, chunk_size: int) -> None:
@@ -52,11 +53,12 @@ class Rows:
         self.fresh: list[int] = []
         self.room: list[int] = []
         self.next_position: list[int] = []
+        self.shifted: list[int] = []
 
     def start(self, batch: int) -> None:
         """Begin with this many rows."""
         self.tokens, self.fresh, self.next_position = [0] * batch, [0] * batch, [0] * batch
-        self.room = [self.first_room] * batch
+        self.room, self.shifted = [self.first_room] * batch, [0] * batch
 
     def advance(self, chunk: Chunk) -> None:
         """Count a chunk as read."""
@@ -74,9 +76,10 @@ class Rows:
         self.fresh[row] = 0
         self.room[row] = self.chunk_size
         self.next_position[row] -= shift
+        self.shifted[row] += shift
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order."""
-        for name in ("tokens", "fresh", "room", "next_position"):
+        for name in ("tokens", "fresh", "room", "next_position", "shifted"):
             values = getattr(self, name)
             setattr(self, name, [values[row] for row in rows])

@@ -21,7 +21,7 @@ from lococo.attachment import Attachment
 from lococo.cache import SlotCache
 from lococo.compressors.heads import write_atomically
 from lococo.errors import DocumentError, FileFormatError
-from lococo.facts import ModelFacts
+from lococo.facts import ModelFacts, weights_fingerprint
 from lococo.models import tokenizer_fingerprint
 from lococo.slot_layer import SlotLayer
 
@@ -98,6 +98,7 @@ def save_context(
     header = {
         "format_version": FORMAT_VERSION,
         "facts": ModelFacts.of(model).to_dict(),
+        "weights": weights_fingerprint(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "compressor": cache.compressor.name,
         "slots_per_layer": cache.slots_per_layer,
@@ -109,7 +110,19 @@ def save_context(
     write_atomically(Path(path), safetensors.torch.save(tensors, metadata={KEY: json.dumps(header)}))
 
 
-ROW_STATE = ("seen", "tokens", "fresh", "room", "next_position")
+# What a header holds beside its version, and of which kind.
+FIELDS: dict[str, type] = {
+    "facts": dict,
+    "weights": str,
+    "tokenizer": str,
+    "compressor": str,
+    "slots_per_layer": list,
+    "chunk_size": int,
+    "positions": str,
+    "rows": dict,
+    "layers": list,
+}
+ROW_STATE = ("seen", "tokens", "fresh", "room", "next_position", "shifted")
 # Attributes of a layer beside its tensors; a sliding layer of transformers counts its columns.
 LAYER_STATE = ("held", "carries_mass", "scaling", "softcap", "cumulative_length")
 
@@ -156,17 +169,35 @@ def _header(path: Path) -> dict[str, Any]:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads((file.metadata() or {})[KEY])
         version = header["format_version"]
-        missing = {"facts", "tokenizer", "compressor", "slots_per_layer", "chunk_size", "positions", "rows", "layers"}
-        missing -= header.keys()
     except (OSError, safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
         raise FileFormatError(
             f"{path} is damaged or no context ({error}); make it again with `lococo compress`"
         ) from error
     if version != FORMAT_VERSION:
         raise FileFormatError(f"{path} has format version {version}, this lococo reads {FORMAT_VERSION}; update lococo")
-    if missing:
-        raise FileFormatError(f"{path} is damaged: its header lacks {', '.join(sorted(missing))}; make it again")
+    wrong = [name for name, kind in FIELDS.items() if not isinstance(header.get(name), kind)]
+    wrong += [] if wrong else _wrong_numbers(header)
+    if wrong:
+        raise FileFormatError(f"{path} is damaged: its header is wrong about {', '.join(wrong)}; make it again")
     return dict(header)
+
+
+def _wrong_numbers(header: dict[str, Any]) -> list[str]:
+    """Return the names of numbers in a header that no cache can have."""
+
+    def counts(values: Any, least: int, most: int) -> bool:
+        return isinstance(values, list) and all(type(value) is int and least <= value <= most for value in values)
+
+    chunk_size, slots, rows = header["chunk_size"], header["slots_per_layer"], header["rows"]
+    if not (counts(slots, 1, 1 << 31) and slots and counts([chunk_size], 1, 1 << 31)):
+        return ["slots_per_layer or chunk_size"]
+    most = {"tokens": 1 << 62, "next_position": 1 << 62, "shifted": 1 << 62}
+    first_room = min(slots) + chunk_size
+    wrong = [name for name in ROW_STATE[1:] if not counts(rows.get(name), 0, most.get(name, first_room))]
+    if wrong or not counts([rows.get("seen")], 0, 1 << 62) or len({len(rows[name]) for name in ROW_STATE[1:]}) != 1:
+        return [*wrong, "rows"]
+    sums = {fresh + room for fresh, room in zip(rows["fresh"], rows["room"], strict=True)}
+    return [] if sums <= {first_room, chunk_size} else ["rows"]
 
 
 def load_context(path: str | os.PathLike[str], attachment: Attachment, tokenizer: PreTrainedTokenizerBase) -> Context:
@@ -184,6 +215,11 @@ def load_context(path: str | os.PathLike[str], attachment: Attachment, tokenizer
     path = Path(path)
     header = _header(path)
     attachment.facts.check(header["facts"], str(path))
+    if (weights := weights_fingerprint(attachment.model)) != header["weights"]:
+        raise FileFormatError(
+            f"{path} was made with other weights ({header['facts'].get('model')} {header['weights']}, "
+            f"here {attachment.facts.model} {weights}); load it with the model that read the text"
+        )
     if (fingerprint := tokenizer_fingerprint(tokenizer)) != header["tokenizer"]:
         raise FileFormatError(
             f"{path} was made with another tokenizer ({header['tokenizer']}, here {fingerprint}); "
@@ -196,10 +232,18 @@ def load_context(path: str | os.PathLike[str], attachment: Attachment, tokenizer
         tensors = safetensors.torch.load_file(path)
         for name in ROW_STATE:
             setattr(cache.rows, name, header["rows"][name])
-        for i, layer in enumerate(cache.layers):
-            _restore_layer(i, layer, header["layers"][i], tensors, attachment.model.device)
+        for i, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
+            _restore_layer(i, layer, state, tensors, attachment.model)
         return Context(cache, tensors["token_ids"], _info(path, header))
-    except (KeyError, IndexError, RuntimeError, TypeError, safetensors.SafetensorError) as error:
+    except (
+        KeyError,
+        IndexError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        safetensors.SafetensorError,
+    ) as error:
         raise FileFormatError(f"{path} is damaged ({error}); make it again with `lococo compress`") from error
 
 
@@ -214,15 +258,50 @@ def _check_settings(path: Path, header: dict[str, Any], cache: Any) -> None:
         raise FileFormatError(f"{path} was made with other settings ({said}); attach with those of the file")
 
 
-def _restore_layer(i: int, layer: Any, state: dict[str, Any], tensors: dict[str, Tensor], device: torch.device) -> None:
-    own = {name.partition(".")[2]: tensor.to(device) for name, tensor in tensors.items() if name.startswith(f"{i}.")}
+def _restore_layer(
+    i: int, layer: Any, state: dict[str, Any], tensors: dict[str, Tensor], model: PreTrainedModel
+) -> None:
+    """Fill a layer of an empty cache.
+
+    Raises:
+        ValueError: If the tensors are not those that the layer's state speaks of.
+    """
+    own = {name.partition(".")[2]: tensor for name, tensor in tensors.items() if name.startswith(f"{i}.")}
     if not own:
         return
+    # Read in one floating-point type and asked in another: keys, values and queries follow the model.
+    own = {
+        name: tensor.to(model.device, model.dtype if name in ("keys", "values", "queries") else None)
+        for name, tensor in own.items()
+    }
+    if not all(bool(tensor.isfinite().all()) for tensor in own.values()):
+        raise ValueError(f"layer {i} holds numbers that are not finite")
     layer.lazy_initialization(own["keys"], own["values"])
+    for name in LAYER_STATE:
+        if name in state:
+            setattr(layer, name, state[name])
+    if not isinstance(layer, SlotLayer):
+        layer.keys, layer.values = own["keys"], own["values"]
+        return
+    _check_layer(i, layer, own)
     for name, tensor in own.items():
-        if isinstance(layer, SlotLayer) and name != "queries":
-            getattr(layer, name)[:, :, : tensor.shape[2]] = tensor
+        if name == "queries":
+            layer.queries = tensor
         else:
-            setattr(layer, name, tensor)
-    for name, value in state.items():
-        setattr(layer, name, value)
+            getattr(layer, name)[:, :, : tensor.shape[2]] = tensor
+
+
+def _check_layer(i: int, layer: SlotLayer, own: dict[str, Tensor]) -> None:
+    """Compare a slot layer's tensors with what its rows hold."""
+    batch = len(layer.rows.tokens)
+    if len(layer.held) != batch or not all(0 <= held <= layer.num_slots for held in layer.held):
+        raise ValueError(f"layer {i} holds {layer.held} slots")
+    needed = {"keys", "values", "positions", "log_mass", "token_index"} | (
+        layer.compressor.observes & {"mass", "queries"}
+    )
+    if needed != own.keys():
+        raise ValueError(f"layer {i} has {sorted(own)}, expected {sorted(needed)}")
+    heads, width = own["keys"].shape[1], max(layer.filled)
+    for name, tensor in own.items():
+        if name != "queries" and tensor.shape[:3] != (batch, heads, width):
+            raise ValueError(f"layer {i}, {name}: {list(tensor.shape)}, expected {[batch, heads, width]}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from lococo.errors import ArgumentError
-from lococo.files import check_exists, check_output, rows_file, text_of
+from lococo.files import check_exists, check_not_input, check_output, rows_file, text_of
 from lococo.options import AnswerOptions, ModelOptions, SlotOptions, check_at_least_one
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def compress(
         raise ArgumentError("compressor 'full' makes no slots that could be saved; choose another, such as mass-merge")
     path = Path(output).expanduser()
     check_output(path, force=force)
+    check_not_input(path, files)
     text = text_of(files)
     from lococo.cache import SlotCache
     from lococo.session import opened
@@ -206,7 +207,7 @@ def eval_perplexity(
         max_length: Tokens of a window; tokens from the third chunk on count.
         max_windows: Windows per domain, one of each document in turn; all by default.
         json: File for the results, one JSON object per line; replaced once all are there.
-        positions: packed reads texts of any length; original keeps true distances, up to the model's window.
+        positions: packed reads texts of any length; original refuses those longer than the model's window.
         budget: How the slots are spread over the layers, at an equal total.
         model: Which model reads.
     """

@@ -45,7 +45,20 @@ def test_heads_of_another_model_are_refused(saved):
         lococo.attach(tiny("llama-yarn"), str(folder), num_slots=40, chunk_size=16)
 
 
-@pytest.mark.parametrize("damage", ["config.json", "model.safetensors", "truncated", "not json", "version"])
+CONFIGS = {
+    "version": lambda config: config.update(format_version=99),
+    "no base model": lambda config: config.pop("base_model"),
+    "null base model": lambda config: config.update(base_model=None),
+    "unknown selection": lambda config: config.update(selection="bogus"),
+    "odd selection": lambda config: config.update(selection=["h2o"]),
+    "unknown setting": lambda config: config["settings"].update(depth=3),
+    "odd setting": lambda config: config["settings"].update(kernel_size="wide"),
+    "other kernel": lambda config: config["settings"].update(kernel_size=5),
+    "no head_dim": lambda config: config["settings"].pop("head_dim"),
+}
+
+
+@pytest.mark.parametrize("damage", ["config.json", "model.safetensors", "truncated", "not json", *CONFIGS])
 def test_damaged_heads_are_refused(saved, damage):
     _, folder = saved
     weights, config = folder / "model.safetensors", folder / "config.json"
@@ -53,9 +66,19 @@ def test_damaged_heads_are_refused(saved, damage):
         weights.write_bytes(weights.read_bytes()[:-100])
     elif damage == "not json":
         config.write_text("{")
-    elif damage == "version":
-        config.write_text(config.read_text().replace('"format_version": 1', '"format_version": 99'))
+    elif damage in CONFIGS:
+        content = json.loads(config.read_text())
+        CONFIGS[damage](content)
+        config.write_text(json.dumps(content))
     else:
         (folder / damage).unlink()
     with pytest.raises(FileFormatError, match=str(folder)):
         lococo.attach(tiny(), str(folder), num_slots=40, chunk_size=16)
+
+
+def test_a_folder_does_not_take_the_place_of_a_compressor(saved, tmp_path, monkeypatch):
+    (tmp_path / "mass-merge").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert lococo.attach(tiny(), "mass-merge", num_slots=40).compressor.name == "mass-merge"
+    # heads are known by where they are, from wherever they are asked for
+    assert lococo.attach(tiny(), "heads", num_slots=40).compressor.name == str(tmp_path / "heads")

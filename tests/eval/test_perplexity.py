@@ -119,6 +119,8 @@ def test_bad_input_is_refused_before_anything_is_scored(tokenizer, data, tmp_pat
         run(max_length=32)
     with pytest.raises(ArgumentError, match="max_windows"):
         run(max_windows=0)
+    with pytest.raises(ArgumentError, match="longer than the 1024"):
+        run(max_length=1025)
     with pytest.raises(DocumentError, match="no such folder"):
         run(data=tmp_path / "none")
     with pytest.raises(DocumentError, match="no subfolder"):
@@ -130,3 +132,18 @@ def test_bad_input_is_refused_before_anything_is_scored(tokenizer, data, tmp_pat
     (data / "short" / "b.jsonl").write_text('{"text": "w1"}\n{"txt": 1}\n')
     with pytest.raises(DocumentError, match=r"b\.jsonl, line 2"):
         run()
+    (data / "short" / "b.jsonl").write_text('{"text": 5}\n')
+    with pytest.raises(DocumentError, match="to be a string, got int"):
+        run()
+    (data / "short" / "b.jsonl").write_bytes(b'{"text": "\xff"}')
+    with pytest.raises(DocumentError, match="not UTF-8"):
+        run()
+
+
+def test_blank_lines_empty_files_and_byte_order_marks_are_nothing_special(tokenizer, tmp_path):
+    line = json.dumps({"text": " ".join(f"w{i}" for i in document(90, 90))})
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "a.jsonl").write_text(f"\ufeff{line}\n\n" + '{"text": "half \\ud83d"}\n\n', encoding="utf-8")
+    (tmp_path / "web" / "b.txt").touch()
+    rows = evaluate(tiny(), tokenizer, data=tmp_path, compressors=["h2o"], num_slots=40, chunk_size=16, max_length=100)
+    assert rows[0]["tokens"] == 90 - 32

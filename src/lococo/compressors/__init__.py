@@ -12,7 +12,7 @@ from lococo.compressors.base import Compressor, Drop, Merge, Selection, SelectMe
 from lococo.compressors.heads import load_heads
 from lococo.compressors.mass_merge import MassMerge
 from lococo.compressors.paper import PaperHeads
-from lococo.errors import ArgumentError
+from lococo.errors import ArgumentError, FileFormatError
 from lococo.facts import ModelFacts
 
 __all__ = ["COMPRESSORS", "Compressor", "Drop", "MassMerge", "PaperHeads", "SelectMerge", "Selection", "Shape", "make"]
@@ -68,9 +68,13 @@ def make(name: str, shape: Shape) -> Compressor:
         ArgumentError: If the name is unknown; the message names the nearest.
         FileFormatError: If saved heads are damaged or of another shape.
     """
-    if Path(name).is_dir():
+    if name not in PAIRS and Path(name).is_dir():
         selection, heads = load_heads(Path(name), shape.slots_per_layer, shape.head_dim, shape.facts)
-        return SelectMerge(name, SELECTIONS[selection], heads)
+        if selection not in SELECTIONS:
+            raise FileFormatError(
+                f"{name} was trained with the selection {selection!r}, which is none of {', '.join(SELECTIONS)}"
+            )
+        return SelectMerge(str(Path(name).resolve()), SELECTIONS[selection], heads)
     selection, _, merge = ("+".join(PAIRS[name]) if name in PAIRS else name).partition("+")
     if selection not in SELECTIONS or merge not in MERGES:
         known = [*COMPRESSORS, *(f"{s}+{m}" for s in SELECTIONS for m in MERGES if m != "drop")]

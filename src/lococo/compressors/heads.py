@@ -68,7 +68,8 @@ def load_heads(
         config = json.loads((folder / "config.json").read_text("utf-8"))
         settings = dict(config["settings"])
         settings["slots_per_layer"] = {int(key): value for key, value in settings["slots_per_layer"].items()}
-        version, selection = config["format_version"], config["selection"]
+        version, selection, base_model = config["format_version"], str(config["selection"]), config["base_model"]
+        fits = (settings["slots_per_layer"], settings["head_dim"]) == (slots_per_layer, head_dim)
         state = safetensors.torch.load_file(folder / "model.safetensors")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
         raise FileFormatError(
@@ -79,17 +80,17 @@ def load_heads(
             f"{folder} has format version {version}, this lococo reads {FORMAT_VERSION}; update lococo"
         )
     if facts is not None:
-        facts.check(config["base_model"], str(folder))
-    if (settings["slots_per_layer"], settings["head_dim"]) != (slots_per_layer, head_dim):
+        facts.check(base_model, str(folder))
+    if not fits:
         raise FileFormatError(
             f"{folder} was made for head_dim {settings['head_dim']} and slots {_brief(settings['slots_per_layer'])}, "
             f"but head_dim {head_dim} and slots {_brief(slots_per_layer)} were asked for; "
             "use the number of slots and the model they were made for"
         )
-    heads = PaperHeads(**settings)
     try:
+        heads = PaperHeads(**settings)
         heads.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise FileFormatError(f"{folder}/model.safetensors does not fit its config.json: {error}") from error
     return selection, heads
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lococo.attachment import attach
+from lococo.attachment import attach, window_of
 from lococo.budgets import slots_for
 from lococo.cache import Positions
 from lococo.documents import encode_stream, read_text
@@ -70,6 +70,12 @@ def evaluate(
         )
     if max_windows is not None and max_windows < 1:
         raise ArgumentError(f"max_windows must be at least 1, got {max_windows}")
+    window = window_of(model)
+    if window is not None and max_length > window:
+        raise ArgumentError(
+            f"windows of {max_length} tokens are longer than the {window} that the full cache was trained for, "
+            "so there is nothing to compare with; lower max_length"
+        )
     names = ["full", *(name for name in dict.fromkeys(compressors) if name != "full")]
     slots = {
         name: slots_for(model, tokenizer, budget, compressor=name, num_slots=num_slots, chunk_size=chunk_size)
@@ -229,12 +235,25 @@ def _cut(ids: Iterator[list[int]], length: int, least: int) -> Iterator[list[int
 def _texts(file: Path) -> Iterator[Iterator[str]]:
     """Yield the documents of a file, each as pieces of text."""
     if file.suffix == ".txt":
-        yield read_text(file)
+        if file.stat().st_size:
+            yield read_text(file)
         return
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(_decoded(lines, file), 1):
+            if not line.strip():
+                continue
             try:
                 text = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError) as error:
                 raise DocumentError(f"{file}, line {number}: expected a JSON object with a 'text' field") from error
-            yield iter([text])
+            if not isinstance(text, str):
+                raise DocumentError(f"{file}, line {number}: expected 'text' to be a string, got {type(text).__name__}")
+            # JSON can spell half a surrogate pair, which no tokenizer takes.
+            yield iter([text.encode("utf-8", "replace").decode()])
+
+
+def _decoded(lines: Iterable[str], file: Path) -> Iterator[str]:
+    try:
+        yield from lines
+    except UnicodeDecodeError as error:
+        raise DocumentError(f"{file} is not UTF-8 (byte {error.start} of a block); convert it with iconv") from error

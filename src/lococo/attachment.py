@@ -232,7 +232,7 @@ def _read_columns(forward: Callable[..., Any], cache: SlotCache, arguments: dict
     seen = cache.rows.seen
     real = _real_columns(arguments.get("attention_mask"), batch, columns, seen)
     position_ids = arguments.get("position_ids")
-    _check_window(cache, batch, columns, position_ids)
+    _check_window(cache, columns, position_ids)
     outputs = []
     start = 0
     while start < columns:
@@ -272,7 +272,7 @@ def _real_columns(attention_mask: Any, batch: int, columns: int, seen: int) -> T
     return None if bool(real.all()) else real
 
 
-def _check_window(cache: SlotCache, batch: int, columns: int, position_ids: Tensor | None) -> None:
+def _check_window(cache: SlotCache, columns: int, position_ids: Tensor | None) -> None:
     if position_ids is not None and position_ids.ndim != 2:
         raise UnsupportedModelError("positions of more than one dimension (of images) cannot be read in slots yet")
     # A decoding step is let through: stopping an answer in its middle helps nobody.

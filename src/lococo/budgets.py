@@ -158,7 +158,7 @@ def calibrated(
 
 def _least(model: PreTrainedModel, compressor: str, num_slots: int) -> int:
     """Return the smallest number of slots that a layer can be given."""
-    attached = attach(model, compressor, num_slots=num_slots)
+    attached = attach(model, compressor, num_slots=num_slots, chunk_size=1)
     return 1 if attached.compressor is None else attached.compressor.min_slots()
 
 

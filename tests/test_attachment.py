@@ -156,7 +156,7 @@ def test_an_attached_model_cannot_be_copied():
 
 def test_gradient_checkpointing_is_refused():
     model = copy.deepcopy(tiny()).train()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     with (
         lococo.attach(model, "h2o", num_slots=40, chunk_size=16) as slots,
         pytest.raises(ArgumentError, match="gradient_checkpointing_disable"),

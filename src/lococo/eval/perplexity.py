@@ -70,10 +70,10 @@ def evaluate(
         )
     if max_windows is not None and max_windows < 1:
         raise ArgumentError(f"max_windows must be at least 1, got {max_windows}")
-    window = window_of(model)
-    if window is not None and max_length > window:
+    limit = window_of(model)
+    if limit is not None and max_length > limit:
         raise ArgumentError(
-            f"windows of {max_length} tokens are longer than the {window} that the full cache was trained for, "
+            f"windows of {max_length} tokens are longer than the {limit} that the full cache was trained for, "
             "so there is nothing to compare with; lower max_length"
         )
     names = ["full", *(name for name in dict.fromkeys(compressors) if name != "full")]

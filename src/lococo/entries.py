@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lococo.rope import LayerRotary
 
-# Rows of queries whose attention map is held at once: (b h g QUERY_ROWS s) floats.
-QUERY_ROWS = 256
+# Rows of an attention map that are held at once: (b h QUERY_ROWS s) floats.
+QUERY_ROWS = 192
 
 
 @dataclass(frozen=True)
@@ -122,19 +122,26 @@ def attention_mass(
     Returns:
         Column sums over queries and groups, (b h s), float32; they add up to g * q per key/value head.
     """
-    keys = keys.float()
-    mass = keys.new_zeros(keys.shape[:3])
-    columns = torch.arange(keys.shape[2], device=keys.device)
-    for start in range(0, queries.shape[3], QUERY_ROWS):
-        rows = slice(start, start + QUERY_ROWS)
-        logits = torch.einsum("bhgqd,bhsd->bhgqs", queries[..., rows, :].float() * scaling, keys)
-        if softcap is not None:
-            logits = torch.tanh(logits / softcap) * softcap
-        logits += log_mass[:, :, None, None, :]
+    b, h, g, q, d = queries.shape
+    s = keys.shape[2]
+    # Every group's queries in one row of blocks, each small enough for its map to stay in the processor's cache.
+    rows = (queries.float() * scaling).reshape(b * h, g * q, d)
+    transposed = keys.float().reshape(b * h, s, d).transpose(1, 2)
+    bias = log_mass.reshape(b * h, 1, s)
+    mass = bias.new_zeros(b * h, s)
+    columns = torch.arange(s, device=keys.device)
+    for start in range(0, g * q, QUERY_ROWS):
+        block = rows[:, start : start + QUERY_ROWS]
+        if softcap is None:
+            logits = torch.baddbmm(bias, block, transposed)
+        else:
+            logits = torch.tanh(block @ transposed / softcap) * softcap + bias
+        which = torch.arange(start, start + block.shape[1], device=keys.device) % q
         if visible is not None:
-            logits.masked_fill_((columns >= visible[:, rows, None])[:, None, None], -torch.inf)
+            hidden = columns >= visible[:, which, None]
+            logits.view(b, h, *logits.shape[1:]).masked_fill_(hidden[:, None], -torch.inf)
         probabilities = logits.softmax(-1)
         if weight is not None:
-            probabilities *= weight[:, None, None, rows, None]
-        mass += probabilities.sum((2, 3))
-    return mass
+            probabilities.view(b, h, *logits.shape[1:]).mul_(weight[:, None, which, None])
+        mass += probabilities.sum(1)
+    return mass.view(b, h, s)

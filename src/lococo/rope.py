@@ -102,7 +102,9 @@ class LayerRotary:
             return x
         b, h, s, d = x.shape
         wide = x.float().reshape(b * h, 1, s, d)
-        steps = delta.to(wide).expand(b, h, s).reshape(b * h, s)
+        steps = delta.to(wide)
+        # Angles that all heads share are computed once.
+        steps = steps.view(1, -1) if steps.shape[:2] == (1, 1) else steps.expand(b, h, -1).reshape(b * h, -1)
         cos, sin = self._angles(wide, steps)
         # YaRN and longrope multiply cos and sin by a factor that the stored keys already carry; it is cos(0).
         factor = self._angles(wide, steps.new_zeros(1, 1))[0][..., :1]

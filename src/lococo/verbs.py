@@ -255,6 +255,7 @@ def bench(
     chunk_size: int = 256,
     repeats: int = 5,
     decode_tokens: int = 32,
+    exact_memory: bool = False,
     json: str,
     model: ModelOptions,
 ) -> None:
@@ -267,6 +268,7 @@ def bench(
         chunk_size: Tokens per forward pass.
         repeats: Rounds, of which the medians are taken.
         decode_tokens: Tokens decoded after the prompt.
+        exact_memory: Count only what tensors take, not what the allocator keeps of it; slower, so not for speeds.
         json: File for the results, one JSON object per line; replaced once all are there.
         model: Which model reads.
     """
@@ -285,7 +287,15 @@ def bench(
         for number, length in enumerate(lengths):
             settings = [
                 measure.Setting(
-                    name, length, num_slots, chunk_size, model.dtype, model.device, model.model, decode_tokens
+                    name,
+                    length,
+                    num_slots=num_slots,
+                    chunk_size=chunk_size,
+                    dtype=model.dtype,
+                    device=model.device,
+                    model=model.model,
+                    decode_tokens=decode_tokens,
+                    exact_memory=exact_memory,
                 )
                 for name in compressor
             ]

@@ -1,4 +1,5 @@
 import io
+import subprocess
 import sys
 
 import pytest
@@ -63,6 +64,20 @@ def test_a_fresh_process_gives_the_figures_or_its_last_word(folder):
     assert set(measure.measure_in_new_process(setting)) == set(measure.FIGURES)
     with pytest.raises(LococoError, match=r"measuring nothing at 100 tokens failed: .*unknown compressor"):
         measure.measure_in_new_process(measure.Setting("nothing", 100, model=str(folder)))
+
+
+def test_exact_memory_reaches_the_allocator(monkeypatch):
+    asked = []
+
+    def run(command, **options):
+        asked.append(options["env"].get("MALLOC_MMAP_THRESHOLD_"))
+        return subprocess.CompletedProcess(command, 0, stdout="{}", stderr="")
+
+    monkeypatch.setattr(measure.subprocess, "run", run)
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    measure.measure_in_new_process(measure.Setting("full", 10))
+    measure.measure_in_new_process(measure.Setting("full", 10, exact_memory=True))
+    assert asked == [None, "131072"]
 
 
 def test_the_peak_is_of_what_came_after_the_reset():

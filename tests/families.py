@@ -28,6 +28,10 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from lococo.compressors.learned import HeadSettings, LearnedHeads
+from lococo.facts import ModelFacts
+from lococo.norms import norm_names
+
 VOCABULARY = 128
 WINDOW = 1024
 
@@ -137,3 +141,24 @@ def left_padded(ids: torch.Tensor, pads: list[int]) -> tuple[torch.Tensor, torch
         padded[row, pad:] = ids[row, : length - pad]
         mask[row, pad:] = 1
     return padded, mask
+
+
+def heads_for(model, *, scale=0.0, **options):
+    """Heads for a tiny model, with every weight moved by noise of this scale."""
+    facts = ModelFacts.of(model)
+    norms = norm_names(model.base_model)
+    torch.manual_seed(1)
+    heads = LearnedHeads(
+        HeadSettings(
+            layers=range(facts.num_hidden_layers),
+            num_key_value_heads=facts.num_key_value_heads,
+            head_dim=facts.head_dim,
+            norms=norms,
+            hidden_size=model.config.hidden_size,
+            **options,
+        )
+    )
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter += scale * torch.randn_like(parameter)
+    return heads.requires_grad_(False)

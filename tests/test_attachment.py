@@ -164,6 +164,22 @@ def test_gradient_checkpointing_is_refused():
         model(tokens(1, 20), past_key_values=slots.new_cache())
 
 
+def test_a_cache_that_is_not_to_be_used_is_refused():
+    with (
+        lococo.attach(tiny(), "h2o", num_slots=40, chunk_size=16) as slots,
+        pytest.raises(ArgumentError, match="a SlotCache came with use_cache=False"),
+    ):
+        tiny()(tokens(1, 20), past_key_values=slots.new_cache(), use_cache=False)
+
+
+def test_an_empty_batch_is_refused():
+    with (
+        lococo.attach(tiny(), "h2o", num_slots=40, chunk_size=16) as slots,
+        pytest.raises(ArgumentError, match="at least one row"),
+    ):
+        tiny()(tokens(1, 20)[:0], past_key_values=slots.new_cache())
+
+
 def test_longrope_is_read_within_its_original_window():
     config = LlamaConfig(
         **SMALL

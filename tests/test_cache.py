@@ -4,11 +4,11 @@ from families import FAMILIES, left_padded, tiny, tokens
 from transformers import DynamicCache
 
 import lococo
-from lococo.compressors import COMPRESSORS, MassMerge, Selection, SelectMerge
+from lococo.compressors import PAIRS, MassMerge, Selection, SelectMerge
 from lococo.compressors.selections import recency
 from lococo.errors import ArgumentError, LococoError, WindowError
 
-LEARNING_FREE = [name for name in COMPRESSORS if name != "full"] + ["h2o+mass-merge", "streaming-llm+mass-merge"]
+LEARNING_FREE = [*PAIRS, "h2o+mass-merge", "streaming-llm+mass-merge"]
 
 
 def full_logits(model, ids, mask=None):

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
@@ -16,6 +17,7 @@ from lococo.cache import Positions, SlotCache, grows
 from lococo.compressors import Compressor, Shape
 from lococo.errors import ArgumentError, LococoError, UnsupportedModelError, WindowError
 from lococo.facts import ModelFacts
+from lococo.norms import norms_of
 from lococo.rope import Rotary
 
 
@@ -26,7 +28,8 @@ class Attachment:
         self,
         model: PreTrainedModel,
         compressor: str | Compressor,
-        slots_per_layer: Sequence[int],
+        num_slots: int,
+        slots_per_layer: Sequence[int] | None,
         chunk_size: int,
         positions: Positions,
     ) -> None:
@@ -34,27 +37,34 @@ class Attachment:
         self.decoder = cast(PreTrainedModel, model.base_model)
         self.chunk_size = chunk_size
         self.positions = positions
-        self.slots_per_layer = list(slots_per_layer)
         self.facts = ModelFacts.of(model)
         self.layers = slot_layer_indices(model)
         self.rotary = Rotary(self.decoder)
-        self.compressor = self._make(compressor)
+        uniform = [num_slots] * len(self.layers)
+        self.compressor = self._make(compressor, uniform if slots_per_layer is None else list(slots_per_layer))
+        if slots_per_layer is None:
+            own = getattr(self.compressor, "slots_per_layer", None)
+            slots_per_layer = uniform if own is None else own(num_slots)
+        self.slots_per_layer = list(slots_per_layer)
+        mean = sum(self.slots_per_layer) / len(self.slots_per_layer)
+        self.num_slots = int(mean) if mean == int(mean) else mean
+        self.norms = norms_of(self.compressor)
         self._restore: Callable[[], None] | None = None
 
-    def _make(self, compressor: str | Compressor) -> Compressor | None:
+    def _make(self, compressor: str | Compressor, slots_per_layer: list[int]) -> Compressor | None:
         """Return the compressor, on the model's device; None stands for "full"."""
         if compressor == "full":
             return None
         if isinstance(compressor, str):
-            by_layer = dict(zip(self.layers, self.slots_per_layer, strict=True))
+            by_layer = dict(zip(self.layers, slots_per_layer, strict=True))
             compressor = compressors.make(compressor, Shape(by_layer, self.facts.head_dim, self.facts))
         for module in compressors.modules(compressor):
             module.to(self.model.device)
         least = compressor.min_slots()
-        if min(self.slots_per_layer) < least:
+        if min(slots_per_layer) < least:
             raise ArgumentError(
                 f"{compressor.name} keeps {least - 1} first and last entries and needs at least {least} slots in every "
-                f"layer, but {min(self.slots_per_layer)} were given; raise num_slots"
+                f"layer, but {min(slots_per_layer)} were given; raise num_slots"
             )
         return compressor
 
@@ -85,8 +95,11 @@ class Attachment:
             raise LococoError("the model is attached already; leave the first `with attach(...)` before the second")
         own_forward = self.decoder.__dict__.get("forward")
         forward = self.decoder.forward
+        handles: list[RemovableHandle] = []
 
         def restore() -> None:
+            for handle in handles:
+                handle.remove()
             config._attn_implementation = implementation
             if own_forward is None:
                 del self.decoder.forward
@@ -96,6 +109,7 @@ class Attachment:
         self._restore = restore
         config._attn_implementation = attention.register(implementation)
         self.decoder.forward = _ReadingInChunks(forward, self.decoder)
+        handles += [] if self.norms is None else self.norms.install(self.decoder)
         return self
 
     def __exit__(
@@ -109,7 +123,7 @@ class Attachment:
 
 def attach(
     model: PreTrainedModel,
-    compressor: str | Compressor = "mass-merge",
+    compressor: str | Compressor = "auto",
     *,
     num_slots: int = 512,
     chunk_size: int = 256,
@@ -120,12 +134,14 @@ def attach(
 
     Args:
         model: A decoder of transformers with attention.
-        compressor: A name of `lococo.COMPRESSORS`, a pair "selection+merge", a folder of heads, or a Compressor.
+        compressor: A name of `lococo.COMPRESSORS`, a pair "selection+merge", a folder of heads, or a Compressor. "auto"
+            takes the heads that come with lococo for this model, and "mass-merge" for all others.
         num_slots: Entries that survive a compression, per layer and key/value head.
         chunk_size: Tokens per forward pass; the cache holds num_slots + chunk_size entries.
         positions: "packed" reads texts of any length; "original" refuses those longer than the model's window and is
             the same for all others, see `SlotCache`.
-        slots_per_layer: Another number of slots for every layer, of mean num_slots; see `lococo.budgets`.
+        slots_per_layer: Another number of slots for every layer, of mean num_slots; see `lococo.budgets`. By default
+            what learned heads bring along, and num_slots for all others.
 
     Returns:
         A context manager; inside, `new_cache()` makes caches for `model.generate(past_key_values=...)` and for the
@@ -144,21 +160,24 @@ def attach(
             raise ArgumentError(f"{name} must be a whole number of at least 1, got {value!r}")
     if positions not in ("original", "packed"):
         raise ArgumentError(f"positions must be 'original' or 'packed', got {positions!r}")
-    window, layers = window_of(model), slot_layer_indices(model)
-    if slots_per_layer is None:
-        slots_per_layer = [num_slots] * len(layers)
-    if len(slots_per_layer) != len(layers) or not all(isinstance(m, int) and m > 0 for m in slots_per_layer):
+    layers = slot_layer_indices(model)
+    if slots_per_layer is not None and (
+        len(slots_per_layer) != len(layers) or not all(isinstance(m, int) and m > 0 for m in slots_per_layer)
+    ):
         raise ArgumentError(
             f"slots_per_layer must hold a positive whole number for each of the {len(layers)} layers, "
             f"got {list(slots_per_layer)}"
         )
-    widest = max(slots_per_layer) + chunk_size
-    if compressor != "full" and window is not None and widest > window:
+    if compressor == "auto":
+        compressor = compressors.default(ModelFacts.of(model))
+    attachment = Attachment(model, compressor, num_slots, slots_per_layer, chunk_size, positions)
+    window, most = window_of(model), max(attachment.slots_per_layer)
+    if attachment.compressor is not None and window is not None and most + chunk_size > window:
         raise ArgumentError(
-            f"{max(slots_per_layer)} slots and a chunk of {chunk_size} do not fit the model's window of {window}; "
+            f"{most} slots and a chunk of {chunk_size} do not fit the model's window of {window}; "
             "lower num_slots or chunk_size"
         )
-    return Attachment(model, compressor, slots_per_layer, chunk_size, positions)
+    return attachment
 
 
 def window_of(model: PreTrainedModel) -> int | None:
@@ -213,6 +232,8 @@ class _ReadingInChunks:
         cache = arguments.get("past_key_values")
         if not isinstance(cache, SlotCache):
             return self.forward(*args, **kwargs)
+        if arguments.get("use_cache") is False:
+            raise ArgumentError("a SlotCache came with use_cache=False; leave use_cache out, or the cache")
         if self.decoder.training and getattr(self.decoder, "gradient_checkpointing", False):
             raise ArgumentError(
                 "transformers drops the cache under gradient checkpointing, so nothing can be read in slots; "
@@ -242,7 +263,8 @@ def _read_columns(forward: Callable[..., Any], cache: SlotCache, arguments: dict
             stop = start + chunk.length
             piece = {name: _cut(name, value, start, stop, seen) for name, value in arguments.items()}
             piece.update(position_ids=chunk.position_ids, slot_cache=cache)
-            outputs.append(forward(**piece))
+            with cache.norms_holding():
+                outputs.append(forward(**piece))
         start = stop
     return outputs[0] if len(outputs) == 1 else _join(outputs)
 

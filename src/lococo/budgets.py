@@ -22,8 +22,9 @@ from lococo.errors import ArgumentError
 from lococo.facts import weights_fingerprint
 from lococo.models import cache_folder
 from lococo.reader import read
+from lococo.shares import shares
 
-BUDGETS = ("uniform", "pyramid", "calibrated")
+BUDGETS = ("own", "uniform", "pyramid", "calibrated")
 
 # Layers are measured in so many groups, over so many tokens: about a minute for SmolLM2-135M on two cores.
 GROUPS = 6
@@ -45,8 +46,9 @@ def slots_for(
     Args:
         model: Not attached.
         tokenizer: Encodes the text that calibration reads.
-        budget: "uniform"; "pyramid", more to the lower layers (arXiv 2406.02069); or "calibrated", measured once on a
-            short text for this model, compressor and number of slots, and kept in the cache folder.
+        budget: "own", what the compressor brings along, or else uniform; "uniform"; "pyramid", more to the lower
+            layers (arXiv 2406.02069); or "calibrated", measured once on a short text for this model, compressor and
+            number of slots, and kept in the cache folder.
         compressor: Name of the compressor.
         num_slots: Mean over the layers.
         chunk_size: Tokens per forward pass.
@@ -56,6 +58,8 @@ def slots_for(
         ArgumentError: If the budget is unknown.
     """
     layers = len(slot_layer_indices(model))
+    if budget == "own":
+        return attach(model, compressor, num_slots=num_slots, chunk_size=chunk_size).slots_per_layer
     if budget == "uniform":
         return [num_slots] * layers
     if budget == "pyramid":
@@ -93,20 +97,6 @@ def pyramid(layers: int, num_slots: int, least: int = 1) -> list[int]:
     return shares(weights, num_slots, least)
 
 
-def shares(weights: Sequence[float], num_slots: int, least: int) -> list[int]:
-    """Split `num_slots` per layer in proportion to weights, with at least `least` each and the total kept exactly."""
-    total = num_slots * len(weights)
-    spare = total - least * len(weights)
-    if spare < 0:
-        raise ArgumentError(f"{num_slots} slots per layer cannot give every layer {least}; raise num_slots")
-    exact = [spare * weight / sum(weights) for weight in weights]
-    slots = [math.floor(share) for share in exact]
-    by_remainder = sorted(range(len(weights)), key=lambda i: slots[i] - exact[i])
-    for i in by_remainder[: spare - sum(slots)]:
-        slots[i] += 1
-    return [least + share for share in slots]
-
-
 def calibrated(
     model: PreTrainedModel,
     ids: Tensor,
@@ -117,10 +107,7 @@ def calibrated(
     groups: int = GROUPS,
     progress: Callable[[str], None] | None = None,
 ) -> list[int]:
-    """Measure how sensitive each group of layers is, and share the slots out by the square root of it.
-
-    The sensitivity of a group is the divergence from the full cache's predictions when only that group is compressed.
-    The square root is the share that is best if a layer's loss falls with the inverse of its slots.
+    """Measure how much each group of layers needs its slots, and share them out.
 
     Args:
         model: Not attached.
@@ -134,26 +121,65 @@ def calibrated(
     Returns:
         Slots per layer.
     """
+    weights = calibration_weights(
+        model,
+        [ids],
+        compressor=compressor,
+        num_slots=num_slots,
+        chunk_size=chunk_size,
+        groups=groups,
+        progress=progress,
+    )
+    return shares(weights, num_slots, _least(model, compressor, num_slots))
+
+
+def calibration_weights(
+    model: PreTrainedModel,
+    windows: Sequence[Tensor],
+    *,
+    compressor: str,
+    num_slots: int,
+    chunk_size: int,
+    groups: int = GROUPS,
+    progress: Callable[[str], None] | None = None,
+) -> list[float]:
+    """Measure how sensitive each group of layers is; return the square root of it for every layer.
+
+    The sensitivity of a group is the divergence from the full cache's predictions when only that group is compressed.
+    The square root is the share that is best if a layer's loss falls with the inverse of its slots.
+
+    Args:
+        model: Not attached.
+        windows: Texts, (1 n) each, of more than num_slots + chunk_size tokens.
+        compressor: See `calibrated`.
+        num_slots: See `calibrated`.
+        chunk_size: See `calibrated`.
+        groups: See `calibrated`.
+        progress: See `calibrated`.
+    """
     layers = len(slot_layer_indices(model))
     bounds = [round(layers * i / min(groups, layers)) for i in range(min(groups, layers) + 1)]
-    length = ids.shape[1]
-    if length <= num_slots + chunk_size:
+    shortest = min(ids.shape[1] for ids in windows)
+    if shortest <= num_slots + chunk_size:
         raise ArgumentError(
             f"calibration needs a text of more than num_slots + chunk_size = {num_slots + chunk_size} tokens, "
-            f"got {length}"
+            f"got {shortest}"
         )
-    full = _log_probabilities(model, ids, compressor, [length] * layers, chunk_size)
-    sensitivity = []
-    for first, last in pairwise(bounds):
-        slots = [num_slots if first <= i < last else length for i in range(layers)]
-        some = _log_probabilities(model, ids, compressor, slots, chunk_size)
-        divergence = (full.exp() * (full - some)).sum(-1).mean().item()
-        sensitivity += [max(divergence, 0.0) / (last - first)] * (last - first)
+    sums, count = [0.0] * (len(bounds) - 1), 0
+    for ids in windows:
+        length = ids.shape[1]
+        full = _log_probabilities(model, ids, compressor, [length] * layers, chunk_size)
+        count += len(full)
+        for group, (first, last) in enumerate(pairwise(bounds)):
+            slots = [num_slots if first <= i < last else length for i in range(layers)]
+            some = _log_probabilities(model, ids, compressor, slots, chunk_size)
+            sums[group] += (full.exp() * (full - some)).sum().item()
+    sensitivity: list[float] = []
+    for total, (first, last) in zip(sums, pairwise(bounds), strict=True):
+        sensitivity += [max(total / count, 0.0) / (last - first)] * (last - first)
         if progress is not None:
-            progress(f"layers {first} to {last - 1}: {divergence:.4f} nats from the full cache")
-    weights = [math.sqrt(value) for value in sensitivity]
-    least = _least(model, compressor, num_slots)
-    return shares(weights if sum(weights) > 0 else [1.0] * layers, num_slots, least)
+            progress(f"layers {first} to {last - 1}: {total / count:.4f} nats from the full cache")
+    return [math.sqrt(value) for value in sensitivity] if sum(sensitivity) > 0 else [1.0] * layers
 
 
 def _least(model: PreTrainedModel, compressor: str, num_slots: int) -> int:

@@ -7,7 +7,7 @@ left padding, batching, the way a text is cut into calls, and prefill against de
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from lococo.compressors.base import Compressor
 from lococo.errors import ArgumentError, LococoError
+from lococo.norms import norms_of
 from lococo.rope import Rotary
 from lococo.rows import Chunk, Rows
 from lococo.slot_layer import SlotLayer
@@ -101,6 +102,18 @@ class SlotCache(Cache):
         """Bytes of keys and values alone."""
         return kv_nbytes(self)
 
+    def norms_holding(self) -> AbstractContextManager[None]:
+        """Let the compressor's changes of norms hold, for rows that hold slots, until the block ends."""
+        norms = norms_of(self.compressor)
+        if norms is None:
+            return nullcontext()
+        return norms.holding([held > 0 for held in self.slot_layers[0].held], self.num_slots)
+
+    def detach(self) -> None:
+        """Cut the gradient off here: what follows does not reach what was read so far."""
+        for layer in self.slot_layers:
+            layer.detach()
+
     def room(self) -> int:
         """Return how many tokens the next forward pass best takes: what fits before the next compression."""
         rooms = [room or self.chunk_size for room in self.rows.room] or [self.rows.first_room]
@@ -125,6 +138,8 @@ class SlotCache(Cache):
         Raises:
             ArgumentError: If the batch is not the one that was read so far.
         """
+        if batch < 1:
+            raise ArgumentError("expected at least one row to read, got an empty batch")
         if not self.rows.tokens:
             self.rows.start(batch)
         if len(self.rows.tokens) != batch:

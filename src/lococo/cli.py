@@ -26,7 +26,9 @@ VERBS: dict[str, Callable[..., None]] = {
     "ask": verbs.ask,
     "chat": verbs.chat,
     "inspect": verbs.inspect,
+    "train": verbs.train,
     "eval perplexity": verbs.eval_perplexity,
+    "eval needle": verbs.eval_needle,
     "bench": verbs.bench,
 }
 
@@ -179,11 +181,16 @@ def _add_flag(parser: Any, name: str, kind: Any, default: Any, helps: dict[str, 
     names = [SHORT[name]] if name in SHORT else []
     names.append(_flag(name))
     settings: dict[str, Any] = {"help": helps.get(name)}
+    if kind is bool and default is True:
+        from jsonargparse import ActionYesNo
+
+        parser.add_argument(*names, action=ActionYesNo(no_prefix="no-"), default=True, **settings)
+        return
     if kind is bool:
         parser.add_argument(*names, action="store_true", **settings)
         return
-    if kind in (list[str], list[int]):
-        settings.update(nargs="+", type=kind.__args__[0])
+    if kind in (list[str], list[int], tuple[int, ...]):
+        settings.update(nargs="*" if default == () else "+", type=kind.__args__[0])
     else:
         settings.update(type=kind)
     if "Literal" not in str(kind):

@@ -40,7 +40,8 @@ def show(model: ModelOptions, file: TextIO) -> dict[str, Any]:
         # Weights are mapped from the file: they count as memory only once a first token went through them.
         prefill(session.model, session.prompt.question_ids("Hello", after="opening"), session.slots.new_cache())
         resident = resident_nbytes()
-        console.print(f"\n[bold]1. In {SLOTS.num_slots} slots[/], with {SLOTS.compressor}:")
+        name = session.figures(session.slots.new_cache(), 0)["compressor"]
+        console.print(f"\n[bold]1. In {SLOTS.num_slots} slots[/], with {name}:")
         slots = _run(session, session.slots.new_cache(), text, resident, file)
         loaded = session.model, session.tokenizer
     console.print("\n[bold]2. With the full cache[/], which holds every token, the second half of the same text:")

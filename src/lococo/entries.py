@@ -58,8 +58,9 @@ class Entries:
             mass=None if self.mass is None else self.mass.gather(2, index),
         )
 
+    @cached_property
     def unrotated_keys(self) -> Tensor:
-        """Return the keys as they were before RoPE, (b h s d)."""
+        """The keys as they were before RoPE, (b h s d)."""
         return self.rotary.rotate(self.keys, -self.positions)
 
     def chunk_mass(self, last: int | None = None) -> Tensor:

@@ -6,7 +6,8 @@
     │   └── UnsupportedModelError   one that loads but has no key/value cache to compress
     ├── WindowError        a text longer than the model's window with original positions
     ├── DocumentError      a document that is missing, empty, binary or not UTF-8
-    └── FileFormatError    a context or heads file that is damaged or belongs to another model
+    ├── FileFormatError    a context, heads or checkpoint file that is damaged or belongs to another model
+    └── TrainingError      a training that cannot go on
 
 Every message says what was expected, what came, and what to do about it. The command line prints it as one line and
 exits with status 2; nothing else is caught, so that a real bug still shows its traceback.
@@ -38,4 +39,8 @@ class DocumentError(LococoError):
 
 
 class FileFormatError(LococoError):
-    """A context or heads file that is damaged or belongs to another model."""
+    """A context, heads or checkpoint file that is damaged or belongs to another model."""
+
+
+class TrainingError(LococoError):
+    """A training that cannot go on."""

@@ -31,19 +31,20 @@ class SlotOptions:
     """What the text is read into.
 
     Attributes:
-        compressor: How entries become slots: full, streaming-llm, h2o, tova, snapkv, chunk-mass, look-ahead,
-            mass-merge, lococo-paper, a pair such as h2o+mass-merge, or a folder of heads.
+        compressor: How entries become slots: auto (lococo where heads come with it for the model, else mass-merge),
+            full, streaming-llm, h2o, tova, snapkv, chunk-mass, look-ahead, mass-merge, lococo-paper, lococo, a pair
+            such as h2o+mass-merge, or a folder of heads.
         num_slots: Entries that survive a compression, per layer and key/value head.
         chunk_size: Tokens per forward pass.
         positions: packed reads texts of any length; original refuses those longer than the model's window.
-        budget: How the slots are spread over the layers, at an equal total.
+        budget: How the slots are spread over the layers, at an equal total; own: as learned, or else uniform.
     """
 
-    compressor: str = "mass-merge"
+    compressor: str = "auto"
     num_slots: int = 512
     chunk_size: int = 256
     positions: Literal["packed", "original"] = "packed"
-    budget: Literal["uniform", "pyramid", "calibrated"] = "uniform"
+    budget: Literal["own", "uniform", "pyramid", "calibrated"] = "own"
 
     def __post_init__(self) -> None:
         # attach() says the same, but only once the model is loaded.

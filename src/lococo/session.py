@@ -91,7 +91,7 @@ class Session:
         return {
             "model": model_id(self.model),
             "compressor": slots.compressor.name if slots.compressor is not None else "full",
-            "num_slots": None if slots.compressor is None else sum(slots.slots_per_layer) / len(slots.slots_per_layer),
+            "num_slots": None if slots.compressor is None else slots.num_slots,
             "chunk_size": slots.chunk_size,
             "positions": slots.positions,
             "tokens": tokens,
@@ -126,7 +126,7 @@ def opened(using: ModelOptions, slots: SlotOptions, *, loaded: Loaded | None = N
     _check_compressor(slots)
     model, tokenizer = loaded or _load(using)
     budget = None
-    if slots.budget != "uniform" and slots.compressor != "full":
+    if slots.budget != "own" and slots.compressor != "full":
         budget = slots_for(
             model,
             tokenizer,
@@ -190,7 +190,8 @@ def _load_named(info: ContextInfo, using: ModelOptions) -> Loaded:
 
 def _check_compressor(slots: SlotOptions) -> None:
     """Refuse an unknown name, or too few slots for a known one, before a model is loaded."""
-    if slots.compressor == "full" or (slots.compressor not in compressors.PAIRS and Path(slots.compressor).is_dir()):
+    known_later = slots.compressor in ("full", "auto", "lococo")
+    if known_later or (slots.compressor not in compressors.PAIRS and Path(slots.compressor).is_dir()):
         return
     least = compressors.make(slots.compressor, compressors.Shape({0: slots.num_slots}, 64)).min_slots()
     if slots.num_slots < least:

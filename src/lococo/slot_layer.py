@@ -252,6 +252,12 @@ class SlotLayer(CacheLayerMixin):
     def _row_index(self, rows: list[int]) -> Tensor | slice:
         return slice(None) if len(rows) == len(self.held) else torch.tensor(rows, device=self.keys.device)
 
+    def detach(self) -> None:
+        """Cut the gradient off."""
+        for name in self.row_tensors:
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, tensor.detach())
+
     def select_rows(self, rows: Tensor) -> None:
         """Keep these rows of the batch, in this order; a row may be taken more than once."""
         if not self.is_initialized:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from lococo.errors import ArgumentError
 from lococo.files import check_exists, check_not_input, check_output, rows_file, text_of
 from lococo.options import AnswerOptions, ModelOptions, SlotOptions, check_at_least_one
+from lococo.train.recipe import Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -194,7 +195,7 @@ def eval_perplexity(
     max_windows: int | None = None,
     json: str,
     positions: Literal["packed", "original"] = "packed",
-    budget: Literal["uniform", "pyramid", "calibrated"] = "uniform",
+    budget: Literal["own", "uniform", "pyramid", "calibrated"] = "own",
     model: ModelOptions,
 ) -> None:
     """Measure what compression costs in nats per token, on texts of several domains.
@@ -208,7 +209,7 @@ def eval_perplexity(
         max_windows: Windows per domain, one of each document in turn; all by default.
         json: File for the results, one JSON object per line; replaced once all are there.
         positions: packed reads texts of any length; original refuses those longer than the model's window.
-        budget: How the slots are spread over the layers, at an equal total.
+        budget: How the slots are spread over the layers, at an equal total; own: as learned, or else uniform.
         model: Which model reads.
     """
     check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, max_length=max_length)
@@ -245,6 +246,117 @@ def eval_perplexity(
     from lococo.eval.tables import tables
 
     Console().print(*tables(rows))
+
+
+def eval_needle(
+    *,
+    data: str,
+    compressor: list[str],
+    num_slots: int = 256,
+    chunk_size: int = 256,
+    lengths: list[int],
+    trials: int = 50,
+    seed: int = 0,
+    json: str,
+    model: ModelOptions,
+) -> None:
+    """Measure retrieval: hide a key and a number in real texts, and ask for the number after them.
+
+    Args:
+        data: One subfolder per domain, of .txt or .jsonl files with a `text` field.
+        compressor: Names to compare, one or more; the full cache is always measured with them.
+        num_slots: Entries that survive a compression, mean over the layers.
+        chunk_size: Tokens per forward pass.
+        lengths: Tokens of text, needle and question, one number or more.
+        trials: Texts per length; ten depths take turns.
+        seed: Of keys and numbers.
+        json: File for the results, one JSON object per line; replaced once all are there.
+        model: Which model reads.
+    """
+    check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, trials=trials, lengths=min(lengths))
+    if not Path(data).expanduser().is_dir():
+        raise ArgumentError(f"--data {data}: no such folder; expected one with a subfolder per domain")
+    target = Path(json).expanduser()
+    check_output(target, force=True)
+    from rich.console import Console
+
+    from lococo.eval import needle
+    from lococo.eval.tables import accuracy_table
+    from lococo.models import load_model
+    from lococo.progress import counting
+
+    loaded, tokenizer = load_model(
+        model.model, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code
+    )
+    with rows_file(target) as report, counting("trials") as progress:
+        rows = needle.evaluate(
+            loaded,
+            tokenizer,
+            data=Path(data).expanduser(),
+            compressors=compressor,
+            num_slots=num_slots,
+            chunk_size=chunk_size,
+            lengths=lengths,
+            trials=trials,
+            seed=seed,
+            report=report,
+            progress=progress,
+        )
+    Console().print(accuracy_table(rows))
+
+
+def train(
+    *,
+    output: str,
+    data: str | None = None,
+    save_every: int = 20,
+    logs: str | None = None,
+    json: bool = False,
+    recipe: Recipe,
+    model: ModelOptions,
+) -> None:
+    """Train compression heads for a model whose own weights stay as they are.
+
+    Args:
+        output: Folder for the heads; a training that was stopped goes on from the checkpoint in it.
+        data: Folder of .txt or .jsonl files, its subfolders being domains, of which only the part named train is read;
+            Python's own library by default.
+        save_every: Steps between checkpoints.
+        logs: Folder for TensorBoard's logs.
+        json: Print one JSON object on stdout at the end, and everything else on stderr.
+        recipe: How the heads are trained.
+        model: Which model they are for.
+    """
+    check_at_least_one(save_every=save_every)
+    if data is not None and not Path(data).expanduser().is_dir():
+        raise ArgumentError(f"--data {data}: no such folder; expected one with text files")
+    target = Path(output).expanduser()
+    if target.exists() and not target.is_dir():
+        raise ArgumentError(f"--output {output} is a file; name a folder")
+    if (target / "config.json").exists():
+        raise ArgumentError(f"--output {output} holds heads already; name another folder, or delete them")
+    from lococo.models import load_model
+    from lococo.train.progress import steps
+    from lococo.train.run import train as run_training
+
+    loaded, tokenizer = load_model(
+        model.model, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code
+    )
+    with steps(recipe.steps, None if logs is None else Path(logs).expanduser()) as (say, after_step):
+        figures = run_training(
+            loaded,
+            tokenizer,
+            recipe,
+            target,
+            data=None if data is None else Path(data).expanduser(),
+            save_every=save_every,
+            say=say,
+            after_step=after_step,
+        )
+    for num_slots, figure in figures["held_out"].items():
+        print(f"{num_slots} slots: {figure['loss']:.4f} nats per token from the full cache", file=_human(json))
+    if json:
+        print(jsonlib.dumps(figures))
 
 
 def bench(

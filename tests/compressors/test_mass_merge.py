@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import torch
 from test_base import entries_of
@@ -48,9 +49,8 @@ def test_merging_equals_the_naive_loop():
 
 def test_an_entry_whose_key_repeats_stays_its_own_anchor():
     entries = entries_of("mass-merge")
-    entries.keys[:] = entries.rotary.rotate(
-        entries.unrotated_keys()[:, :, :1].expand_as(entries.keys), entries.positions
-    )
+    same = entries.unrotated_keys[:, :, :1].expand_as(entries.keys)
+    entries = replace(entries, keys=entries.rotary.rotate(same, entries.positions))
     kept = torch.arange(60)[None, None, ::2].expand(2, 2, -1)
     slots = MassMerge()(entries, kept, entries.future_mass, 1)
     # all dropped entries go to the last kept one, the others are untouched

@@ -56,7 +56,7 @@ def test_mixtures_stand_between_the_heavy_hitters(unrotated):
     scores = torch.rand(1, 2, 30)
     kept = scores.topk(8).indices.sort().values
     slots = heads(entries, kept, scores, 1)
-    keys = entries.unrotated_keys() if unrotated else entries.keys
+    keys = entries.unrotated_keys if unrotated else entries.keys
     for head in range(2):
         ranked = scores[0, head].argsort(descending=True).tolist()
         heavy, mixed = set(ranked[:4]), sorted(ranked[4:8])

@@ -8,8 +8,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
+from lococo.corpora import domains
 from lococo.errors import ArgumentError, DocumentError
-from lococo.eval.perplexity import difference, domains, evaluate, interval
+from lococo.eval.perplexity import difference, evaluate, interval
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from torch import nn
 
 from lococo.compressors import selections
 from lococo.compressors.base import Compressor, Drop, Merge, Selection, SelectMerge
-from lococo.compressors.heads import load_heads
+from lococo.compressors.heads import load_heads, shipped_heads
+from lococo.compressors.learned import LearnedHeads
 from lococo.compressors.mass_merge import MassMerge
 from lococo.compressors.paper import PaperHeads
 from lococo.errors import ArgumentError, FileFormatError
@@ -51,7 +52,10 @@ PAIRS = {
     "lococo-paper": ("chunk-mass", "lococo-paper"),
 }
 
-COMPRESSORS = ("full", *PAIRS)
+# Without heads for the model.
+DEFAULT = "mass-merge"
+
+COMPRESSORS = ("full", *PAIRS, LearnedHeads.kind)
 
 
 def make(name: str, shape: Shape) -> Compressor:
@@ -68,13 +72,10 @@ def make(name: str, shape: Shape) -> Compressor:
         ArgumentError: If the name is unknown; the message names the nearest.
         FileFormatError: If saved heads are damaged or of another shape.
     """
+    if name == LearnedHeads.kind:
+        return _saved(_shipped(shape), name, shape)
     if name not in PAIRS and Path(name).is_dir():
-        selection, heads = load_heads(Path(name), shape.slots_per_layer, shape.head_dim, shape.facts)
-        if selection not in SELECTIONS:
-            raise FileFormatError(
-                f"{name} was trained with the selection {selection!r}, which is none of {', '.join(SELECTIONS)}"
-            )
-        return SelectMerge(str(Path(name).resolve()), SELECTIONS[selection], heads)
+        return _saved(Path(name), str(Path(name).resolve()), shape)
     selection, _, merge = ("+".join(PAIRS[name]) if name in PAIRS else name).partition("+")
     if selection not in SELECTIONS or merge not in MERGES:
         known = [*COMPRESSORS, *(f"{s}+{m}" for s in SELECTIONS for m in MERGES if m != "drop")]
@@ -86,7 +87,36 @@ def make(name: str, shape: Shape) -> Compressor:
     return SelectMerge(name, SELECTIONS[selection], MERGES[merge](shape))
 
 
+def default(facts: ModelFacts) -> str:
+    """Return the name of the compressor that loses least for a model without training anything first."""
+    return DEFAULT if shipped_heads(facts) is None else LearnedHeads.kind
+
+
+def _shipped(shape: Shape) -> Path:
+    """Return the folder of the heads that come with the package for this model."""
+    folder = None if shape.facts is None else shipped_heads(shape.facts)
+    if folder is None:
+        model = "this model" if shape.facts is None else shape.facts.model
+        raise ArgumentError(
+            f"no heads for {model} come with lococo; train them with `lococo train --model ...`, name a folder of "
+            f"heads, or use {DEFAULT!r}"
+        )
+    return folder
+
+
+def _saved(folder: Path, name: str, shape: Shape) -> Compressor:
+    """Make a compressor of heads on disk."""
+    selection, heads = load_heads(folder, shape.slots_per_layer, shape.head_dim, shape.facts)
+    if isinstance(heads, LearnedHeads):
+        heads.name = name
+        return heads
+    if selection not in SELECTIONS:
+        raise FileFormatError(
+            f"{folder} was trained with the selection {selection!r}, which is none of {', '.join(SELECTIONS)}"
+        )
+    return SelectMerge(name, SELECTIONS[selection], heads)
+
+
 def modules(compressor: Compressor) -> list[nn.Module]:
     """Return the trainable parts of a compressor."""
-    merge = getattr(compressor, "merge", None)
-    return [merge] if isinstance(merge, nn.Module) else []
+    return [part for part in (compressor, getattr(compressor, "merge", None)) if isinstance(part, nn.Module)]

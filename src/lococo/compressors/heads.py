@@ -8,21 +8,28 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 
+from lococo.compressors.learned import LearnedHeads
 from lococo.compressors.paper import PaperHeads
 from lococo.errors import FileFormatError
 from lococo.facts import ModelFacts
 
 FORMAT_VERSION = 1
 
+Heads = PaperHeads | LearnedHeads
+
+KINDS: dict[str, type[PaperHeads] | type[LearnedHeads]] = {kind.kind: kind for kind in (PaperHeads, LearnedHeads)}
+
 
 def save_heads(
-    heads: PaperHeads,
+    heads: Heads,
     folder: Path,
     facts: ModelFacts,
     *,
     selection: str = "chunk-mass",
     training: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write heads so that `load_heads` makes the same ones again; each file is complete or absent at any moment.
 
@@ -30,26 +37,27 @@ def save_heads(
         heads: What to write.
         folder: Made if absent.
         facts: Of the model they were trained for.
-        selection: The selection they were trained with.
+        selection: The selection they were trained with, for heads that only merge.
         training: Data, steps and figures, for the reader of the config.
+        dtype: Of the weights on disk.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "format_version": FORMAT_VERSION,
-        "merge": "lococo-paper",
+        "compressor": heads.kind,
         "selection": selection,
         "settings": heads.settings,
         "base_model": facts.to_dict(),
         "training": training or {},
     }
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in heads.state_dict().items()}
+    state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in heads.state_dict().items()}
     write_atomically(folder / "model.safetensors", safetensors.torch.save(state))
     write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 def load_heads(
     folder: Path, slots_per_layer: dict[int, int], head_dim: int, facts: ModelFacts | None = None
-) -> tuple[str, PaperHeads]:
+) -> tuple[str, Heads]:
     """Read heads.
 
     Args:
@@ -64,35 +72,58 @@ def load_heads(
     Raises:
         FileFormatError: If a file is missing or damaged, or the heads do not fit; the message names both sides.
     """
+    config = read_config(folder)
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        settings = dict(config["settings"])
-        settings["slots_per_layer"] = {int(key): value for key, value in settings["slots_per_layer"].items()}
-        version, selection, base_model = config["format_version"], str(config["selection"]), config["base_model"]
-        fits = (settings["slots_per_layer"], settings["head_dim"]) == (slots_per_layer, head_dim)
+        kind, settings, selection = KINDS[config["compressor"]], dict(config["settings"]), str(config["selection"])
+        base_model = config["base_model"]
         state = safetensors.torch.load_file(folder / "model.safetensors")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise _unreadable(folder, error) from error
+    if facts is not None:
+        facts.check(base_model, str(folder))
+    try:
+        heads = kind.of_settings(settings)
+        heads.load_state_dict(state)
+    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+        raise FileFormatError(f"{folder}/model.safetensors does not fit its config.json: {error}") from error
+    if mismatch := heads.mismatch(slots_per_layer, head_dim):
         raise FileFormatError(
-            f"{folder} holds no readable heads (expected config.json and model.safetensors): {error}; save them again"
-        ) from error
+            f"{folder} was made for {mismatch}; use the number of slots and the model it was made for"
+        )
+    return selection, heads
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read the config of heads, whatever model they are for.
+
+    Raises:
+        FileFormatError: If it is missing, damaged or of another version.
+    """
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+        version = config["format_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(folder, error) from error
     if version != FORMAT_VERSION:
         raise FileFormatError(
             f"{folder} has format version {version}, this lococo reads {FORMAT_VERSION}; update lococo"
         )
-    if facts is not None:
-        facts.check(base_model, str(folder))
-    if not fits:
-        raise FileFormatError(
-            f"{folder} was made for head_dim {settings['head_dim']} and slots {_brief(settings['slots_per_layer'])}, "
-            f"but head_dim {head_dim} and slots {_brief(slots_per_layer)} were asked for; "
-            "use the number of slots and the model they were made for"
-        )
-    try:
-        heads = PaperHeads(**settings)
-        heads.load_state_dict(state)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise FileFormatError(f"{folder}/model.safetensors does not fit its config.json: {error}") from error
-    return selection, heads
+    return config
+
+
+def shipped_heads(facts: ModelFacts) -> Path | None:
+    """Return the folder of the heads that come with the package for a model, or None."""
+    for config in sorted((Path(__file__).parent.parent / "heads").glob("*/config.json")):
+        recorded = read_config(config.parent)["base_model"]
+        if all(recorded.get(key) == value for key, value in facts.to_dict().items() if key != "model"):
+            return config.parent
+    return None
+
+
+def _unreadable(folder: Path, error: Exception) -> FileFormatError:
+    return FileFormatError(
+        f"{folder} holds no readable heads (expected config.json and model.safetensors): {error!r}; save them again"
+    )
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -110,8 +141,3 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def _brief(slots_per_layer: dict[int, int]) -> str:
-    counts = set(slots_per_layer.values())
-    return f"{counts.pop()} in each of {len(slots_per_layer)} layers" if len(counts) == 1 else str(slots_per_layer)

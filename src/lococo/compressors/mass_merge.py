@@ -10,59 +10,88 @@ from lococo.entries import Entries
 # Cosine by which the last entry is preferred to the first: far above rounding, far below what tells keys apart.
 TIE_BREAK = 0.01
 
+# A slot stands for at most this many times its own mass, as a logarithm.
+MAX_LOG_MASS = 3.0
+
 
 @dataclass(frozen=True)
 class MassMerge:
-    """Every dropped entry goes to the kept one with the most similar key.
-
-    The slot keeps its key, takes the average of the values weighted by future mass, and adds to its attention logit the
-    logarithm of how much more mass it now stands for. Without that term merging loses to eviction (docs/log.md).
+    """Every dropped entry goes to the kept one with the most similar key; see `merged_by_mass`.
 
     Attributes:
         max_log_mass: Upper bound of a slot's log_mass.
     """
 
-    max_log_mass: float = 3.0
+    max_log_mass: float = MAX_LOG_MASS
     observes: frozenset[str] = frozenset({"queries"})
 
     def __call__(self, entries: Entries, kept: Tensor, scores: Tensor, layer_idx: int) -> Entries:
         """Return the kept entries with the others merged into them."""
-        b, h, _ = kept.shape
-        slots = entries.take(kept)
-        mass = entries.future_mass.clamp(min=1e-9)
-        gone = torch.ones_like(mass, dtype=torch.bool).scatter_(2, kept, False).nonzero()[:, 2].view(b, h, -1)
-        anchor = self._anchors(entries, gone, kept)
+        return merged_by_mass(entries, kept, entries.future_mass, max_log_mass=self.max_log_mass)
 
-        own = mass.gather(2, kept)
-        share = mass.gather(2, gone)
-        total = own.scatter_add(2, anchor, share)
-        d = entries.values.shape[-1]
-        values = entries.values.float()
-        weighted = (slots.values.float() * own[..., None]).scatter_add(
-            2,
-            anchor[..., None].expand(-1, -1, -1, d),
-            values.gather(2, gone[..., None].expand(-1, -1, -1, d)) * share[..., None],
-        )
-        gained = (total / own).log()
-        return replace(
-            slots,
-            values=(weighted / total[..., None]).to(entries.values.dtype),
-            log_mass=(slots.log_mass + gained).clamp(max=self.max_log_mass),
-            mass=None if slots.mass is None else self._summed(entries, slots, gone, anchor),
-        )
 
-    def _anchors(self, entries: Entries, gone: Tensor, kept: Tensor) -> Tensor:
-        """Return which of the kept entries each of those that go is most similar to, (b h gone)."""
-        directions = torch.nn.functional.normalize(entries.unrotated_keys().float(), dim=-1)
-        from_there, to_here = (
-            directions.gather(2, index[..., None].expand(-1, -1, -1, directions.shape[-1])) for index in (gone, kept)
-        )
-        similarity = from_there @ to_here.transpose(2, 3)
-        # The same token twice has the same key in the first layer: the later one is taken, not what rounding prefers.
-        similarity += TIE_BREAK * kept[:, :, None] / len(entries)
-        return similarity.argmax(-1)
+def merged_by_mass(
+    entries: Entries,
+    kept: Tensor,
+    mass: Tensor,
+    *,
+    gain: Tensor | None = None,
+    max_log_mass: float = MAX_LOG_MASS,
+) -> Entries:
+    """Return the kept entries with the others merged into them.
 
-    def _summed(self, entries: Entries, slots: Entries, gone: Tensor, anchor: Tensor) -> Tensor:
-        assert entries.mass is not None
-        assert slots.mass is not None
-        return slots.mass.scatter_add(2, anchor, entries.mass.gather(2, gone))
+    The slot keeps its key, takes the average of the values weighted by mass, and adds to its attention logit the
+    logarithm of how much more mass it now stands for. Without that term merging loses to eviction (docs/log.md).
+
+    Args:
+        entries: All s of them.
+        kept: Which stay, ascending, (b h m).
+        mass: What each entry weighs, (b h s).
+        gain: Added to the log_mass of those that stay, (b h s).
+        max_log_mass: Upper bound of a slot's log_mass.
+
+    Returns:
+        m entries.
+    """
+    b, h, _ = kept.shape
+    slots = entries.take(kept)
+    mass = mass.clamp(min=1e-9)
+    gone = torch.ones_like(mass, dtype=torch.bool).scatter_(2, kept, False).nonzero()[:, 2].view(b, h, -1)
+    anchor = _anchors(entries, gone, kept)
+
+    own = mass.gather(2, kept)
+    share = mass.gather(2, gone)
+    total = own.scatter_add(2, anchor, share)
+    d = entries.values.shape[-1]
+    weighted = (slots.values.float() * own[..., None]).scatter_add(
+        2,
+        anchor[..., None].expand(-1, -1, -1, d),
+        entries.values.gather(2, gone[..., None].expand(-1, -1, -1, d)).float() * share[..., None],
+    )
+    log_mass = slots.log_mass + (total / own).log()
+    if gain is not None:
+        log_mass = log_mass + gain.gather(2, kept)
+    return replace(
+        slots,
+        values=(weighted / total[..., None]).to(entries.values.dtype),
+        log_mass=log_mass.clamp(max=max_log_mass),
+        mass=None if slots.mass is None else _summed(entries, slots, gone, anchor),
+    )
+
+
+def _anchors(entries: Entries, gone: Tensor, kept: Tensor) -> Tensor:
+    """Return which of the kept entries each of those that go is most similar to, (b h gone)."""
+    directions = torch.nn.functional.normalize(entries.unrotated_keys.detach().float(), dim=-1)
+    from_there, to_here = (
+        directions.gather(2, index[..., None].expand(-1, -1, -1, directions.shape[-1])) for index in (gone, kept)
+    )
+    similarity = from_there @ to_here.transpose(2, 3)
+    # The same token twice has the same key in the first layer: the later one is taken, not what rounding prefers.
+    similarity += TIE_BREAK * kept[:, :, None] / len(entries)
+    return similarity.argmax(-1)
+
+
+def _summed(entries: Entries, slots: Entries, gone: Tensor, anchor: Tensor) -> Tensor:
+    assert entries.mass is not None
+    assert slots.mass is not None
+    return slots.mass.scatter_add(2, anchor, entries.mass.gather(2, gone))

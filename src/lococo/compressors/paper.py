@@ -9,6 +9,7 @@ the convolution starts small, so that the softmax is not saturated; biases are s
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from lococo.errors import ArgumentError
 class PaperHeads(nn.Module):
     """One convolution per layer, shared by its key/value heads."""
 
+    kind = "lococo-paper"
     observes: frozenset[str] = frozenset()
 
     def __init__(
@@ -74,6 +76,23 @@ class PaperHeads(nn.Module):
             "unrotated": self.unrotated,
         }
 
+    @classmethod
+    def of_settings(cls, settings: dict[str, Any]) -> "PaperHeads":
+        """Make heads of their `settings`."""
+        slots = {int(layer): count for layer, count in settings["slots_per_layer"].items()}
+        return cls(**settings | {"slots_per_layer": slots})
+
+    def mismatch(self, slots_per_layer: dict[int, int], head_dim: int) -> str:
+        """Say what they were made for and what is asked for, where the two differ."""
+        convolution = next(iter(self.convolutions.values()))
+        assert isinstance(convolution, nn.Conv1d)
+        mine = (convolution.in_channels // 2, self.slots_per_layer)
+        if mine == (head_dim, slots_per_layer):
+            return ""
+        return "{}, but {} were asked for".format(
+            *(f"head_dim {d} and slots {_brief(slots)}" for d, slots in (mine, (head_dim, slots_per_layer)))
+        )
+
     def weights(self, entries: Entries, heavy: Tensor, layer_idx: int) -> Tensor:
         """Return the mixing weights of the convolution, (b h mixtures s), rows summing to 1.
 
@@ -83,7 +102,7 @@ class PaperHeads(nn.Module):
             layer_idx: The layer.
         """
         b, h, s, _ = entries.keys.shape
-        keys = entries.unrotated_keys() if self.unrotated else entries.keys
+        keys = entries.unrotated_keys if self.unrotated else entries.keys
         both = torch.cat([keys, entries.values], -1).float().reshape(b * h, s, -1).transpose(1, 2)
         logits: Tensor = self.convolutions[str(layer_idx)](both)
         return logits.view(b, h, -1, s).masked_fill(heavy[:, :, None], -torch.inf).softmax(-1)
@@ -109,7 +128,7 @@ class PaperHeads(nn.Module):
         values = weights @ entries.values.float()
         if self.unrotated:
             positions = (weights @ entries.positions[..., None])[..., 0]
-            keys = entries.rotary.rotate(weights @ entries.unrotated_keys().float(), positions)
+            keys = entries.rotary.rotate(weights @ entries.unrotated_keys.float(), positions)
         else:
             positions = entries.positions.gather(2, anchors)
             keys = weights @ entries.keys.float()
@@ -121,3 +140,8 @@ class PaperHeads(nn.Module):
             values=slots.values.scatter(2, index.expand_as(values), values.to(slots.values.dtype)),
             positions=slots.positions.scatter(2, places, positions.to(slots.positions.dtype)),
         )
+
+
+def _brief(slots_per_layer: dict[int, int]) -> str:
+    counts = set(slots_per_layer.values())
+    return f"{counts.pop()} in each of {len(slots_per_layer)} layers" if len(counts) == 1 else str(slots_per_layer)

@@ -1,8 +1,7 @@
 """Perplexity: what each compressor loses against the full cache, on the same tokens."""
 
-import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lococo.attachment import attach, window_of
 from lococo.budgets import slots_for
 from lococo.cache import Positions
-from lococo.documents import encode_stream, read_text
+from lococo.corpora import domains, windows_of
 from lococo.errors import ArgumentError, DocumentError
 from lococo.reader import score
 
@@ -33,7 +32,7 @@ def evaluate(
     max_length: int = 4096,
     max_windows: int | None = None,
     positions: Positions = "packed",
-    budget: str = "uniform",
+    budget: str = "own",
     report: Callable[[Row], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
@@ -88,7 +87,7 @@ def evaluate(
             model, name, num_slots=num_slots, chunk_size=chunk_size, positions=positions, slots_per_layer=slots[name]
         )
     corpus = {
-        domain: list(islice(_windows(tokenizer, files, max_length, 2 * chunk_size + 1), max_windows))
+        domain: list(islice(windows_of(tokenizer, files, max_length, 2 * chunk_size + 1), max_windows))
         for domain, files in domains(data).items()
     }
     for domain, windows in corpus.items():
@@ -100,20 +99,21 @@ def evaluate(
         full: list[float] = []
         for name in names:
             sums = []
-            for window in windows:
-                with attach(
-                    model,
-                    name,
-                    num_slots=num_slots,
-                    chunk_size=chunk_size,
-                    positions=positions,
-                    slots_per_layer=slots[name],
-                ) as attached:
+            attached = attach(
+                model,
+                name,
+                num_slots=num_slots,
+                chunk_size=chunk_size,
+                positions=positions,
+                slots_per_layer=slots[name],
+            )
+            with attached:
+                for window in windows:
                     scores = score(model, torch.tensor([window]), attached.new_cache())
-                sums.append(-scores[0, 2 * chunk_size - 1 :].double().sum().item())
-                done += 1
-                if progress is not None:
-                    progress(done, total)
+                    sums.append(-scores[0, 2 * chunk_size - 1 :].double().sum().item())
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
             full = full or sums
             counts = [len(window) - 2 * chunk_size for window in windows]
             row = {
@@ -177,83 +177,3 @@ def difference(rows: Iterable[Row], better: str, worse: str) -> tuple[float, flo
     counts = [count for _, count in by_name[better]]
     sums = [(high - low) * count for (high, count), (low, _) in zip(by_name[worse], by_name[better], strict=True)]
     return (sum(sums) / sum(counts), *interval(sums, counts))
-
-
-def domains(data: Path) -> dict[str, list[Path]]:
-    """Return the .txt and .jsonl files of each domain.
-
-    A domain is a subfolder. Where it is split into parts, only the part named "val" (a folder or val.jsonl) is taken:
-    what a model was trained on says nothing. SOURCE.txt, LICENSE.txt and README.txt describe the data and are left out.
-    """
-    if not data.is_dir():
-        raise DocumentError(f"no such folder: {data}; expected one subfolder per domain with .txt or .jsonl files")
-    found = {}
-    for folder in sorted(path for path in data.iterdir() if path.is_dir()):
-        if (folder / "val").is_dir():
-            candidates: Iterable[Path] = (folder / "val").rglob("*")
-        elif (folder / "val.jsonl").is_file():
-            candidates = [folder / "val.jsonl"]
-        else:
-            candidates = folder.rglob("*")
-        files = sorted(
-            path for path in candidates if path.suffix in (".txt", ".jsonl") and path.stem not in DESCRIPTIONS
-        )
-        if files:
-            found[folder.name] = files
-    if not found:
-        raise DocumentError(f"{data} has no subfolder with .txt or .jsonl files; expected one subfolder per domain")
-    return found
-
-
-DESCRIPTIONS = ("SOURCE", "LICENSE", "README")
-
-
-def _windows(tokenizer: PreTrainedTokenizerBase, files: Iterable[Path], length: int, least: int) -> Iterator[list[int]]:
-    """Yield windows of at most `length` and at least `least` tokens, one per document in turn."""
-    waiting = [_cut(encode_stream(tokenizer, text), length, least) for file in files for text in _texts(file)]
-    while waiting:
-        going_on = []
-        for document in waiting:
-            window = next(document, None)
-            if window is not None:
-                going_on.append(document)
-                yield window
-        waiting = going_on
-
-
-def _cut(ids: Iterator[list[int]], length: int, least: int) -> Iterator[list[int]]:
-    held: list[int] = []
-    for piece in ids:
-        held += piece
-        while len(held) >= length:
-            yield held[:length]
-            held = held[length:]
-    if len(held) >= least:
-        yield held
-
-
-def _texts(file: Path) -> Iterator[Iterator[str]]:
-    """Yield the documents of a file, each as pieces of text."""
-    if file.suffix == ".txt":
-        if file.stat().st_size:
-            yield read_text(file)
-        return
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(_decoded(lines, file), 1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise DocumentError(f"{file}, line {number}: expected a JSON object with a 'text' field") from error
-            if not isinstance(text, str):
-                raise DocumentError(f"{file}, line {number}: expected 'text' to be a string, got {type(text).__name__}")
-            # JSON can spell half a surrogate pair, which no tokenizer takes.
-            yield iter([text.encode("utf-8", "replace").decode()])
-
-
-def _decoded(lines: Iterable[str], file: Path) -> Iterator[str]:
-    try:
-        yield from lines
-    except UnicodeDecodeError as error:
-        raise DocumentError(f"{file} is not UTF-8 (byte {error.start} of a block); convert it with iconv") from error

@@ -33,3 +33,16 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     for name in sorted(names, key=mean.__getitem__)[1:]:
         compared.add_row(name, *(f"{value:+.4f}" for value in difference(rows, best, name)))
     return [by_domain, compared]
+
+
+def accuracy_table(rows: Sequence[Row]) -> Table:
+    """Return the accuracy per length of text, with its 95 % interval."""
+    lengths = list(dict.fromkeys(row["length"] for row in rows))
+    cells = {(row["compressor"], row["length"]): row for row in rows}
+    made = Table("compressor", title="hidden numbers found; 95 % interval")
+    for length in lengths:
+        made.add_column(f"{length:,} tokens", justify="right")
+    for name in dict.fromkeys(row["compressor"] for row in rows):
+        found = [cells[name, length] for length in lengths]
+        made.add_row(name, *(f"{row['accuracy']:.0%} [{row['low']:.0%}, {row['high']:.0%}]" for row in found))
+    return made

@@ -1,0 +1,176 @@
+"""Our heads: small convolutions over the temporal order of entries that correct what look-ahead sees.
+
+Look-ahead mass and merging by mass are where they start from, and with weights of zero they are exactly
+`mass-merge`. Two nets per layer look at each entry and its neighbours: one corrects the entry's score, by which it
+stays or goes; the other how much it weighs when values are merged and how much attention its slot asks for. Nothing
+depends on the number of slots, so one set serves any.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lococo.compressors.mass_merge import merged_by_mass
+from lococo.entries import Entries
+from lococo.norms import NormDeltas
+from lococo.shares import shares
+
+# Last entries that always stay.
+RECENT = 16
+
+# Numbers about an entry that the nets see besides its key and value; see `facts_of`.
+FACTS = 7
+
+OnScores = Callable[[int, Entries, Tensor, int], None]
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """What makes heads of one shape.
+
+    Attributes:
+        layers: Indices of the layers that hold slots.
+        num_key_value_heads: Key/value heads per layer.
+        head_dim: Size of a key.
+        width: Channels of the convolutions.
+        kernel_size: Entries that a convolution sees, odd.
+        learned_scores: Correct the scores.
+        learned_merge: Correct weights and masses of the merge.
+        norms: Names of the norms that are changed along, () for a frozen model.
+        hidden_size: What those norms put out.
+        budgets: Weights of the layers by number of slots, between which is interpolated; {} for uniform budgets.
+    """
+
+    layers: Sequence[int]
+    num_key_value_heads: int
+    head_dim: int
+    width: int = 16
+    kernel_size: int = 5
+    learned_scores: bool = True
+    learned_merge: bool = True
+    norms: Sequence[str] = ()
+    hidden_size: int = 0
+    budgets: dict[int, list[float]] = field(default_factory=dict)
+
+
+class Net(nn.Module):
+    """One layer's net: entries to numbers per entry, zero at the start."""
+
+    def __init__(self, settings: HeadSettings, outputs: int) -> None:
+        super().__init__()
+        h, d, width = settings.num_key_value_heads, settings.head_dim, settings.width
+        self.content = nn.Parameter(torch.randn(h, 2 * d, width) * (2 * d) ** -0.5)
+        self.facts = nn.Linear(FACTS, width)
+        self.head = nn.Parameter(torch.zeros(h, 1, width))
+        self.convolution = nn.Conv1d(width, width, settings.kernel_size, padding=settings.kernel_size // 2)
+        self.out = nn.Linear(width, outputs)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, content: Tensor, facts: Tensor) -> Tensor:
+        """Map (b h s 2d) and (b h s FACTS) to (outputs b h s)."""
+        b, h, s, _ = content.shape
+        hidden = nn.functional.silu(content @ self.content + self.facts(facts) + self.head)
+        mixed = self.convolution(hidden.view(b * h, s, -1).transpose(1, 2)).transpose(1, 2).view(b, h, s, -1)
+        out: Tensor = self.out(nn.functional.silu(hidden + mixed))
+        return out.permute(3, 0, 1, 2)
+
+
+class LearnedHeads(nn.Module):
+    """The compressor `lococo`."""
+
+    kind = "lococo"
+    observes: frozenset[str] = frozenset({"queries"})
+
+    def __init__(self, form: HeadSettings, name: str = "lococo") -> None:
+        super().__init__()
+        self.form = form
+        self.name = name
+        layers = [str(layer_idx) for layer_idx in form.layers]
+        self.scorers = nn.ModuleDict({layer: Net(form, 1) for layer in layers if form.learned_scores})
+        self.mergers = nn.ModuleDict({layer: Net(form, 2) for layer in layers if form.learned_merge})
+        self.norms = NormDeltas(list(form.norms), form.hidden_size) if form.norms else None
+        self.on_scores: OnScores | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `of_settings` needs to make the same heads again, as JSON takes it."""
+        return asdict(self.form) | {"layers": list(self.form.layers), "norms": list(self.form.norms)}
+
+    @classmethod
+    def of_settings(cls, settings: dict[str, Any]) -> "LearnedHeads":
+        """Make heads of their `settings`."""
+        budgets = {int(slots): list(weights) for slots, weights in settings["budgets"].items()}
+        return cls(HeadSettings(**settings | {"budgets": budgets}))
+
+    def mismatch(self, slots_per_layer: dict[int, int], head_dim: int) -> str:
+        """Say what they were made for and what is asked for, where the two differ."""
+        mine, theirs = (self.form.head_dim, list(self.form.layers)), (head_dim, sorted(slots_per_layer))
+        return (
+            ""
+            if mine == theirs
+            else "head_dim {} and layers {}, not for head_dim {} and layers {}".format(*mine, *theirs)
+        )
+
+    def min_slots(self) -> int:
+        """Return the smallest number of slots it can fill."""
+        return RECENT + 1
+
+    def slots_per_layer(self, num_slots: int) -> list[int]:
+        """Return the slots of each layer, of mean `num_slots`."""
+        return shares(self._weights(num_slots), num_slots, min(num_slots, self.min_slots()))
+
+    def compress(self, entries: Entries, num_slots: int, layer_idx: int) -> Entries:
+        """Keep the `num_slots` entries that later queries will attend to most, and merge the others into them."""
+        mass = entries.future_mass.clamp(min=1e-9)
+        content, facts = content_of(entries), facts_of(entries, mass)
+        scores = mass.log()
+        if self.form.learned_scores:
+            scores = scores + self.scorers[str(layer_idx)](content, facts)[0]
+            if self.on_scores is not None:
+                self.on_scores(layer_idx, entries, scores, num_slots)
+        scores = scores.detach().clone()
+        scores[..., len(entries) - RECENT :] = torch.inf
+        kept = scores.topk(num_slots, sorted=False).indices.sort().values
+        if not self.form.learned_merge:
+            return merged_by_mass(entries, kept, mass)
+        weight, gain = self.mergers[str(layer_idx)](content, facts)
+        return merged_by_mass(entries, kept, mass * weight.exp(), gain=gain)
+
+    def _weights(self, num_slots: int) -> list[float]:
+        """Interpolate the layers' weights between the numbers of slots that they were measured at."""
+        known = sorted(self.form.budgets)
+        if not known:
+            return [1.0] * len(self.form.layers)
+        below = max([m for m in known if m <= num_slots], default=known[0])
+        above = min([m for m in known if m >= num_slots], default=known[-1])
+        share = 0.0 if above == below else math.log(num_slots / below) / math.log(above / below)
+        pairs = zip(self.form.budgets[below], self.form.budgets[above], strict=True)
+        return [low ** (1 - share) * high**share for low, high in pairs]
+
+
+def content_of(entries: Entries) -> Tensor:
+    """Return the directions of keys (before RoPE) and values, each of length sqrt(d), (b h s 2d)."""
+    both = (entries.unrotated_keys.detach().float(), entries.values.detach().float())
+    return torch.cat([nn.functional.normalize(x, dim=-1) * x.shape[-1] ** 0.5 for x in both], -1)
+
+
+def facts_of(entries: Entries, mass: Tensor) -> Tensor:
+    """Return what is known of each entry beside its content, all of order 1, (b h s FACTS)."""
+    s = len(entries)
+    age = entries.positions.detach()[..., -1:] - entries.positions.detach()
+    w = entries.queries.shape[3] if entries.queries is not None else s
+    columns = [
+        (mass * (s / mass.sum(-1, keepdim=True))).clamp(min=1e-4).log() / 2,
+        entries.log_mass.detach(),
+        age.add(1).log() / 4,
+        (-age / 32).exp(),
+        (age >= w).float(),
+        entries.keys.detach().float().norm(dim=-1).clamp(min=1e-6).log() / 2,
+        entries.values.detach().float().norm(dim=-1).clamp(min=1e-6).log() / 2,
+    ]
+    return torch.stack(columns, -1)

@@ -1,0 +1,175 @@
+"""Retrieval: a key and a value hidden in real text, asked for after it."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain, cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lococo.attachment import attach, window_of
+from lococo.corpora import domains, windows_of
+from lococo.errors import ArgumentError, DocumentError
+from lococo.reader import stream
+
+Row = dict[str, Any]
+
+# The needle lies at so many depths, from the beginning of the text to its end, in turn.
+DEPTHS = 10
+
+DIGITS = 5
+
+NAMES = ("Alder", "Birch", "Cedar", "Elm", "Hazel", "Juniper", "Laurel", "Maple", "Rowan", "Willow")
+PLACES = ("bridge", "castle", "farm", "gate", "harbour", "house", "mill", "station", "tower", "yard")
+
+NEEDLE = " The secret number of {key} is {value}. Remember it. "
+QUESTION = "\n\nQuestion: What is the secret number of {key}?\nAnswer: The secret number of {key} is"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One text with a needle in it.
+
+    Attributes:
+        ids: Text, needle and question.
+        value: The answer.
+        depth: Where the needle lies, 0 to 1.
+    """
+
+    ids: list[int]
+    value: str
+    depth: float
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    data: Path,
+    compressors: Sequence[str],
+    num_slots: int = 256,
+    chunk_size: int = 256,
+    lengths: Sequence[int] = (1024, 2048, 4096, 8192),
+    trials: int = 50,
+    seed: int = 0,
+    report: Callable[[Row], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Row]:
+    """Ask for a hidden number, with the full cache and with each compressor, on the same texts.
+
+    Args:
+        model: Not attached.
+        tokenizer: The model's.
+        data: One subfolder per domain, see `corpora.domains`; the text that hides the needle.
+        compressors: Names; "full" always runs as well.
+        num_slots: Mean over the layers.
+        chunk_size: Tokens per forward pass.
+        lengths: Tokens of text, needle and question.
+        trials: Per length; the depths take turns.
+        seed: Of keys, values and the order of the texts.
+        report: Called with each row as it is done.
+        progress: Called with the trials done and all there are.
+
+    Returns:
+        One row per length and compressor: task, length, compressor, num_slots, chunk_size, trials, accuracy, its 95 %
+        interval low and high, correct (1 or 0 per trial) and by_depth (accuracy).
+
+    Raises:
+        ArgumentError: If a length leaves no room for text or leaves the model's window.
+        DocumentError: If the texts do not suffice.
+    """
+    limit = window_of(model)
+    if limit is not None and max(lengths) + DIGITS + 2 > limit:
+        raise ArgumentError(f"texts of {max(lengths)} tokens leave the full cache's window of {limit}; lower --lengths")
+    if trials < 1:
+        raise ArgumentError(f"trials must be at least 1, got {trials}")
+    names = ["full", *(name for name in dict.fromkeys(compressors) if name != "full")]
+    attached = {name: attach(model, name, num_slots=num_slots, chunk_size=chunk_size) for name in names}
+    made = {length: make_trials(tokenizer, data, length, trials, seed) for length in lengths}
+    total, done = len(lengths) * len(names) * trials, 0
+    rows: list[Row] = []
+    for length, same in made.items():
+        for name in names:
+            correct = []
+            with attached[name] as slots:
+                for trial in same:
+                    answer = stream(model, torch.tensor([trial.ids]), slots.new_cache(), max_new_tokens=DIGITS + 2)
+                    said = str(tokenizer.decode(list(answer)))
+                    correct.append(int(said.strip().startswith(trial.value)))
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
+            row = {
+                "task": "needle",
+                "length": length,
+                "compressor": name,
+                "num_slots": num_slots,
+                "chunk_size": chunk_size,
+                **_figures(correct, [trial.depth for trial in same]),
+            }
+            rows.append(row)
+            if report is not None:
+                report(row)
+    return rows
+
+
+def make_trials(tokenizer: PreTrainedTokenizerBase, data: Path, length: int, trials: int, seed: int = 0) -> list[Trial]:
+    """Hide needles in texts of all domains in turn; the same ones for the same seed."""
+    draw = random.Random(f"{seed}/{length}")
+    parts = []
+    for _ in range(trials):
+        key = f"the {draw.choice(NAMES)} {draw.choice(PLACES)}"
+        value = str(draw.randrange(10 ** (DIGITS - 1), 10**DIGITS))
+        texts = (NEEDLE.format(key=key, value=value), QUESTION.format(key=key))
+        needle, question = (list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
+        parts.append((value, needle, question))
+    room = length - max(len(needle) + len(question) for _, needle, question in parts)
+    if room < 1:
+        raise ArgumentError(f"{length} tokens leave no room for a text around the needle; raise --lengths")
+    by_domain = [windows_of(tokenizer, files, room, room) for files in domains(data).values()]
+    in_turn = (window for turn in zip(*map(_endless, by_domain), strict=False) for window in turn if window)
+    windows = list(islice(in_turn, trials))
+    if len(windows) < trials:
+        raise DocumentError(
+            f"{data} has {len(windows)} texts of {room} tokens for {trials} trials; lower --trials or --lengths"
+        )
+    made = []
+    for number, ((value, needle, question), window) in enumerate(zip(parts, windows, strict=True)):
+        depth = number % DEPTHS / (DEPTHS - 1)
+        text = window[: length - len(needle) - len(question)]
+        place = round(depth * len(text))
+        made.append(Trial([*text[:place], *needle, *text[place:], *question], value, depth))
+    return made
+
+
+def _endless(windows: Any) -> Any:
+    """Yield windows, then None for ever, but not beyond any use."""
+    return chain(windows, islice(cycle([None]), 10_000))
+
+
+def _figures(correct: list[int], depths: list[float]) -> Row:
+    low, high = wilson(sum(correct), len(correct))
+    by_depth: dict[float, list[int]] = {}
+    for hit, depth in zip(correct, depths, strict=True):
+        by_depth.setdefault(round(depth, 2), []).append(hit)
+    return {
+        "trials": len(correct),
+        "accuracy": sum(correct) / len(correct),
+        "low": low,
+        "high": high,
+        "correct": correct,
+        "by_depth": {str(depth): sum(hits) / len(hits) for depth, hits in sorted(by_depth.items())},
+    }
+
+
+def wilson(hits: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share (Wilson 1927)."""
+    z = 1.959964
+    share = hits / trials
+    middle = share + z * z / (2 * trials)
+    spread = z * (share * (1 - share) / trials + z * z / (4 * trials * trials)) ** 0.5
+    scale = 1 + z * z / trials
+    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)

@@ -1,0 +1,161 @@
+"""Windows of text to train on: drawn at random from files, the same ones for the same seed.
+
+Any window can be drawn without reading what comes before it, so a training that resumes needs no state beyond the
+number of its next window, and no more than one window's text is held at a time.
+"""
+
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from lococo.corpora import DESCRIPTIONS, domains
+from lococo.errors import DocumentError
+
+SUFFIXES = (".txt", ".jsonl")
+
+# Bytes of text that a token stands for, at most, in nearly all text: how much is read for a window.
+BYTES_PER_TOKEN = 6
+
+
+@dataclass(frozen=True)
+class Document:
+    """Where a document lies.
+
+    Attributes:
+        file: That holds it.
+        start: Its first byte.
+        nbytes: Its length; of a line of JSON, quotes and escapes included.
+    """
+
+    file: Path
+    start: int
+    nbytes: int
+
+    def read(self, start: int, nbytes: int) -> str:
+        """Return about so many bytes of its text from a place within it."""
+        with self.file.open("rb") as file:
+            if self.file.suffix == ".jsonl":
+                file.seek(self.start)
+                text = _field(file.read(self.nbytes), self.file)
+                share = start / self.nbytes
+                return text[int(share * len(text)) :][:nbytes]
+            file.seek(self.start + start)
+            return file.read(min(nbytes, self.nbytes - start)).decode("utf-8", "ignore")
+
+
+class Corpus:
+    """Documents by domain."""
+
+    def __init__(self, domains: dict[str, list[Document]], tokenizer: PreTrainedTokenizerBase) -> None:
+        self.domains = {name: documents for name, documents in sorted(domains.items()) if documents}
+        self.tokenizer = tokenizer
+        if not self.domains:
+            raise DocumentError(f"expected text to train on ({', '.join(SUFFIXES)} files), found none")
+
+    def window(self, seed: int, number: int, *, length: int, least: int) -> list[int]:
+        """Draw a window.
+
+        Args:
+            seed: Of the drawing.
+            number: Which window; they take turns through the domains.
+            length: Tokens it has at most.
+            least: Tokens it has at least.
+
+        Returns:
+            Token ids.
+
+        Raises:
+            DocumentError: If hardly any document has as many tokens.
+        """
+        draw = random.Random(f"{seed}/{number}")
+        names = list(self.domains)
+        for attempt in range(100):
+            # Domains that hold no window this long give their turn to the next.
+            documents = self.domains[names[(number + attempt // 20) % len(names)]]
+            weights = [max(0, document.nbytes - 2 * least) for document in documents]
+            if not any(weights):
+                continue
+            document = draw.choices(documents, weights)[0]
+            start = int(draw.random() * max(1, document.nbytes - 3 * length))
+            text = document.read(start, length * BYTES_PER_TOKEN)
+            # The first word may be cut.
+            ids = self.tokenizer(text.partition(" ")[2] or text, add_special_tokens=False)["input_ids"][:length]
+            if len(ids) >= least:
+                return list(ids)
+        raise DocumentError(
+            f"expected documents of at least {least} tokens, found hardly any; "
+            "train with fewer slots, a smaller chunk_size or longer documents"
+        )
+
+
+def local_corpus(folder: Path, tokenizer: PreTrainedTokenizerBase, *, held_out: float = 0.05) -> tuple[Corpus, Corpus]:
+    """Find the documents of a folder.
+
+    Args:
+        folder: Its subfolders are domains, which take turns, see `corpora.domains`; where one is split into parts, only
+            "train" is read. Files directly in it are one more domain.
+        tokenizer: Of the model.
+        held_out: Share of each domain's documents kept apart.
+
+    Returns:
+        What to train on, and what was kept apart.
+
+    Raises:
+        DocumentError: If there is no text.
+    """
+    try:
+        files = domains(folder, "train")
+    except DocumentError:
+        files = {}
+    found = {name: list(_documents(paths)) for name, paths in files.items()}
+    found[""] = list(_documents(folder.glob("*")))
+    return split(found, tokenizer, held_out=held_out)
+
+
+def split(
+    domains: dict[str, list[Document]], tokenizer: PreTrainedTokenizerBase, *, held_out: float
+) -> tuple[Corpus, Corpus]:
+    """Keep a share of each domain's documents apart, at least one where there are two."""
+    apart: dict[str, list[Document]] = {}
+    rest: dict[str, list[Document]] = {}
+    for name, documents in domains.items():
+        shuffled = sorted(documents, key=lambda d: (d.file.name, d.start))
+        random.Random(name).shuffle(shuffled)
+        count = max(1, round(held_out * len(shuffled))) if len(shuffled) > 1 else 0
+        apart[name], rest[name] = shuffled[:count], shuffled[count:]
+    if not any(apart.values()):
+        apart = rest
+    return Corpus(rest, tokenizer), Corpus(apart, tokenizer)
+
+
+def _documents(paths: Iterable[Path]) -> Iterable[Document]:
+    for path in sorted(paths):
+        if path.suffix not in SUFFIXES or path.stem in DESCRIPTIONS or not path.is_file():
+            continue
+        if path.suffix == ".jsonl":
+            yield from _lines(path)
+        elif (nbytes := path.stat().st_size) > 0:
+            yield Document(path, 0, nbytes)
+
+
+def _lines(path: Path) -> Iterable[Document]:
+    start = 0
+    with path.open("rb") as file:
+        for line in file:
+            if line.strip():
+                yield Document(path, start, len(line))
+            start += len(line)
+
+
+def _field(line: bytes, file: Path) -> str:
+    try:
+        text = json.loads(line)["text"]
+        if isinstance(text, str):
+            return text
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise DocumentError(f"{file}: expected lines of JSON with a 'text' field, got {line[:60]!r}")

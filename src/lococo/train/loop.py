@@ -1,0 +1,274 @@
+"""The training loop: a frozen model, heads that learn, and checkpoints from which it goes on as if never stopped."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lococo.attachment import Attachment, attach, slot_layer_indices
+from lococo.cache import SlotCache
+from lococo.compressors.heads import write_atomically
+from lococo.compressors.learned import HeadSettings, LearnedHeads, OnScores
+from lococo.entries import Entries
+from lococo.errors import ArgumentError, FileFormatError, TrainingError
+from lococo.facts import ModelFacts, weights_fingerprint
+from lococo.norms import norm_names
+from lococo.train.data import Corpus
+from lococo.train.losses import Retention, divergences, next_token_losses, teach
+from lococo.train.recipe import Recipe
+
+Row = dict[str, Any]
+
+# Steps over which the learning rate rises.
+WARM_UP = 5
+
+# The scores of every so many layers are trained in a step.
+SCORED_IN_TURN = 3
+
+
+def new_heads(model: PreTrainedModel, recipe: Recipe, budgets: dict[int, list[float]] | None = None) -> LearnedHeads:
+    """Make untrained heads for a model; they compress as "mass-merge" does."""
+    facts = ModelFacts.of(model)
+    decoder = cast(PreTrainedModel, model.base_model)
+    torch.manual_seed(recipe.seed)
+    return LearnedHeads(
+        HeadSettings(
+            layers=slot_layer_indices(model),
+            num_key_value_heads=facts.num_key_value_heads,
+            head_dim=facts.head_dim,
+            width=recipe.width,
+            kernel_size=recipe.kernel_size,
+            learned_scores=recipe.learned_scores,
+            learned_merge=recipe.learned_merge,
+            norms=norm_names(decoder) if recipe.train_norms else (),
+            hidden_size=decoder.config.get_text_config(decoder=True).hidden_size,
+            budgets=budgets or {},
+        )
+    )
+
+
+def heads_in(file: Path) -> LearnedHeads:
+    """Make heads of the settings that a checkpoint keeps; `Training.load` fills them.
+
+    Raises:
+        FileFormatError: If the file is damaged.
+    """
+    header, _ = _read(file)
+    return LearnedHeads.of_settings(json.loads(header["heads"]))
+
+
+def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safetensors.safe_open(file, "pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        header["step"], header["made_with"], header["heads"]
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise FileFormatError(f"{file} is not a readable checkpoint: {error!r}; delete it to start again") from error
+    return header, tensors
+
+
+class Training:
+    """Heads, optimiser and the number of the next step."""
+
+    def __init__(self, model: PreTrainedModel, heads: LearnedHeads, corpus: Corpus, recipe: Recipe) -> None:
+        """Prepare a training; nothing runs yet.
+
+        Args:
+            model: Not attached; its weights are frozen.
+            heads: See `new_heads`.
+            corpus: What to train on.
+            recipe: How.
+        """
+        self.accelerator = Accelerator()
+        self.model = model.to(self.accelerator.device).requires_grad_(False)
+        self.heads = heads.to(self.accelerator.device)
+        self.corpus = corpus
+        self.recipe = recipe
+        self.step = 0
+        named = dict(heads.named_parameters())
+        if not named:
+            raise ArgumentError("these heads have nothing to train; switch on scores, merge or norms")
+        self.groups = {
+            "norms": [p for name, p in named.items() if name.startswith("norms.")],
+            "heads": [p for name, p in named.items() if not name.startswith("norms.")],
+        }
+        rates = {"norms": recipe.norms_learning_rate, "heads": recipe.learning_rate}
+        self.optimizer = torch.optim.Adam(
+            [{"params": group, "lr": rates[name], "peak": rates[name]} for name, group in self.groups.items() if group],
+            betas=(0.9, 0.98),
+        )
+
+    def run(self, after_step: Callable[[Row], None]) -> None:
+        """Train until all steps are done.
+
+        Args:
+            after_step: Called with the step's figures: step, num_slots, loss (nats per token), lost_mass,
+                tokens_per_second.
+
+        Raises:
+            TrainingError: If the loss or a gradient is not finite; the heads are as they were before the step.
+        """
+        while self.step < self.recipe.steps:
+            start = time.perf_counter()
+            row = self._one_step()
+            self.step += 1
+            tokens = self.recipe.accumulate * self.recipe.length
+            after_step(row | {"step": self.step, "tokens_per_second": tokens / (time.perf_counter() - start)})
+
+    @torch.no_grad()
+    def evaluate(self, corpus: Corpus, windows: int) -> dict[str, dict[str, float]]:
+        """Return, by number of slots, loss (nats per token) and lost_mass on so many windows of a corpus."""
+        figures = {}
+        for num_slots in sorted(set(self.recipe.num_slots)):
+            sums = torch.zeros(2)
+            for number in range(windows):
+                sums += torch.tensor(self._window(self._ids(corpus, -1, number, num_slots), num_slots)) / windows
+            figures[str(num_slots)] = {"loss": round(sums[0].item(), 5), "lost_mass": round(sums[1].item(), 5)}
+        return figures
+
+    def _one_step(self) -> Row:
+        recipe, processes = self.recipe, self.accelerator.num_processes
+        if recipe.accumulate % processes:
+            raise ArgumentError(f"{recipe.accumulate} windows per step cannot be shared by {processes} processes")
+        num_slots = recipe.num_slots[self.step % len(recipe.num_slots)]
+        mine = range(self.accelerator.process_index, recipe.accumulate, processes)
+        figures = torch.zeros(2, device=self.accelerator.device)
+        for number in mine:
+            ids = self._ids(self.corpus, recipe.seed, self.step * recipe.accumulate + number, num_slots)
+            figures += torch.tensor(self._window(ids, num_slots), device=figures.device) / recipe.accumulate
+        figures = self.accelerator.reduce(figures, "sum")
+        self._share_gradients()
+        self._update(figures)
+        return {"num_slots": num_slots, "loss": figures[0].item(), "lost_mass": figures[1].item()}
+
+    def _ids(self, corpus: Corpus, seed: int, number: int, num_slots: int) -> Tensor:
+        least = num_slots + 2 * self.recipe.chunk_size
+        ids = corpus.window(seed, number, length=self.recipe.length, least=least)
+        return torch.tensor([ids], device=self.accelerator.device)
+
+    def _window(self, ids: Tensor, num_slots: int) -> tuple[float, float]:
+        """Read a window, and add its gradient unless they are switched off.
+
+        Returns:
+            Its loss per token, and the share of future attention that went to entries which did not stay.
+        """
+        recipe = self.recipe
+        with self._attached(num_slots) as slots:
+            first = num_slots + recipe.chunk_size
+            compared = torch.arange(first, ids.shape[1] - 1, recipe.compare_every, device=ids.device)
+            teacher = teach(slots, self.model, ids, compared)
+            cache = slots.new_cache()
+            assert isinstance(cache, SlotCache)
+            retention = Retention(teacher, cache)
+            self.heads.on_scores = self._watched(retention)
+            try:
+                read = divergences if recipe.objective == "distillation" else next_token_losses
+                loss = self._through(read(self.model, ids, cache, teacher), cache, len(compared), num_slots)
+            finally:
+                self.heads.on_scores = None
+            if retention.losses and torch.is_grad_enabled():
+                self._scaled(torch.stack(retention.losses).mean()).backward()
+        return loss, torch.stack(retention.lost).mean().item() if retention.lost else 0.0
+
+    def _watched(self, retention: Retention) -> OnScores:
+        """Return what takes the scores' loss down: in training for some layers at a time, which is dear enough."""
+        if not torch.is_grad_enabled():
+            return retention
+        turn = self.step // len(self.recipe.num_slots) % SCORED_IN_TURN
+
+        def some(layer_idx: int, entries: Entries, scores: Tensor, num_slots: int) -> None:
+            if layer_idx % SCORED_IN_TURN == turn:
+                retention(layer_idx, entries, scores, num_slots)
+
+        return some
+
+    def _through(self, losses: Iterator[tuple[Tensor, int]], cache: SlotCache, count: int, num_slots: int) -> float:
+        """Send the gradients of a window's chunks back; return its loss per token."""
+        # With more slots less is lost, and it has to be seen beside what fewer slots lose.
+        weight = math.sqrt(num_slots / min(self.recipe.num_slots)) / count
+        total, waiting, chunks = 0.0, torch.zeros((), device=self.accelerator.device), 0
+        for loss, _ in losses:
+            total += loss.item() / count
+            waiting, chunks = waiting + loss * weight, chunks + 1
+            if chunks == self.recipe.compressions:
+                self._scaled(waiting).backward()
+                cache.detach()
+                waiting, chunks = torch.zeros_like(waiting), 0
+        if waiting.requires_grad:
+            self._scaled(waiting).backward()
+        return total
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss / self.recipe.accumulate
+
+    def _attached(self, num_slots: int) -> Attachment:
+        return attach(self.model, self.heads, num_slots=num_slots, chunk_size=self.recipe.chunk_size)
+
+    def _share_gradients(self) -> None:
+        """Add the gradients of all processes up; each has divided by the number of windows already."""
+        for parameter in self.heads.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
+
+    def _update(self, figures: Tensor) -> None:
+        norm = nn.utils.clip_grad_norm_(self.heads.parameters(), 1.0)
+        if not bool(torch.isfinite(figures).all() & torch.isfinite(norm)):
+            self.optimizer.zero_grad()
+            raise TrainingError(
+                f"the loss of step {self.step + 1} is not finite ({figures[0].item()}); the last checkpoint is good: "
+                "lower the learning rates and go on from it"
+            )
+        rise, fall = (self.step + 1) / WARM_UP, 1 - self.step / self.recipe.steps
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * min(1.0, rise) * fall
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def save(self, file: Path) -> None:
+        """Write a checkpoint, complete or not at all."""
+        tensors = {f"heads.{name}": tensor for name, tensor in self.heads.state_dict().items()}
+        for name, parameter in self.heads.named_parameters():
+            state = self.optimizer.state.get(parameter, {})
+            tensors |= {f"adam.{name}.{key}": torch.as_tensor(value) for key, value in state.items()}
+        header = {"step": str(self.step), "made_with": self._made_with(), "heads": json.dumps(self.heads.settings)}
+        cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        if self.accelerator.is_main_process:
+            write_atomically(file, safetensors.torch.save(cpu, header))
+
+    def load(self, file: Path) -> None:
+        """Go on from a checkpoint, whose heads had the settings of these.
+
+        Raises:
+            FileFormatError: If it is damaged, or of another model or recipe.
+        """
+        header, tensors = _read(file)
+        made_with = header["made_with"]
+        if made_with != self._made_with():
+            raise FileFormatError(
+                f"{file} was made with another recipe or model ({made_with}) than this one ({self._made_with()}); "
+                "use the same, or another folder"
+            )
+        self.step = int(header["step"])
+        self.heads.load_state_dict({n.removeprefix("heads."): t for n, t in tensors.items() if n.startswith("heads.")})
+        for name, parameter in self.heads.named_parameters():
+            prefix = f"adam.{name}."
+            state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            if state:
+                # Adam counts its steps on the CPU.
+                moved = {key: value if key == "step" else value.to(parameter) for key, value in state.items()}
+                self.optimizer.state[parameter] = moved
+
+    def _made_with(self) -> str:
+        return json.dumps({"model": weights_fingerprint(self.model), **asdict(self.recipe)}, sort_keys=True)

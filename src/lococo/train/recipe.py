@@ -1,0 +1,62 @@
+"""How heads are trained: every field is a flag of `lococo train` and a line of a recipe in YAML."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lococo.errors import ArgumentError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How heads are trained.
+
+    Attributes:
+        objective: distillation: the full cache's predictions; next-token: the text itself, as the paper trains.
+        num_slots: Mean slots per layer, one or more, which take turns.
+        chunk_size: Tokens per forward pass.
+        length: Tokens of a window.
+        steps: Optimiser steps.
+        accumulate: Windows per step, over all processes.
+        learning_rate: Of the heads, at its highest.
+        norms_learning_rate: Of the norms' changes.
+        width: Channels of the convolutions.
+        kernel_size: Entries that a convolution sees, odd.
+        learned_scores: Let the heads correct which entries stay.
+        learned_merge: Let the heads correct weights and masses of the merge.
+        train_norms: Let the model's norms change by a little while it reads slots.
+        calibrate_at: Numbers of slots at which the layers' shares are measured before training; none: uniform.
+        compare_every: Predictions of every so many tokens are compared.
+        compressions: How many compressions back the gradient reaches; 0: all of the window.
+        seed: Of the weights' start and of the windows.
+    """
+
+    objective: Literal["distillation", "next-token"] = "distillation"
+    num_slots: tuple[int, ...] = (64, 128, 64, 256, 64, 512)
+    chunk_size: int = 256
+    length: int = 2048
+    steps: int = 200
+    accumulate: int = 1
+    learning_rate: float = 2e-3
+    norms_learning_rate: float = 1e-3
+    width: int = 16
+    kernel_size: int = 5
+    learned_scores: bool = True
+    learned_merge: bool = True
+    train_norms: bool = True
+    calibrate_at: tuple[int, ...] = (64,)
+    compare_every: int = 2
+    compressions: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_slots", tuple(self.num_slots))
+        object.__setattr__(self, "calibrate_at", tuple(self.calibrate_at))
+        if not self.num_slots or min(self.num_slots) < 1 or self.steps < 1 or self.accumulate < 1:
+            raise ArgumentError("expected at least one number of slots, one step and one window per step")
+        if max(self.num_slots) + self.chunk_size >= self.length:
+            raise ArgumentError(
+                f"windows of {self.length} tokens are not compressed in {max(self.num_slots)} slots and chunks of "
+                f"{self.chunk_size}; raise length"
+            )
+        if self.kernel_size % 2 == 0:
+            raise ArgumentError(f"expected an odd kernel_size, got {self.kernel_size}")

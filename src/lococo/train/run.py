@@ -1,0 +1,116 @@
+"""One training from beginning to end: corpus, budgets, steps, checkpoints, and the heads that come of it."""
+
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lococo.budgets import calibration_weights
+from lococo.compressors.heads import save_heads
+from lococo.errors import DocumentError
+from lococo.facts import ModelFacts
+from lococo.train.data import Corpus, Document, local_corpus, split
+from lococo.train.loop import Training, heads_in, new_heads
+from lococo.train.recipe import Recipe
+
+Row = dict[str, Any]
+
+CHECKPOINT = "checkpoint.safetensors"
+
+# Windows on which the layers' shares are measured, and the groups of layers that share one.
+CALIBRATION_WINDOWS = 6
+CALIBRATION_GROUPS = 15
+
+# Windows that were kept apart, on which the heads are measured.
+HELD_OUT_WINDOWS = 8
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    output: Path,
+    *,
+    data: Path | None = None,
+    save_every: int = 20,
+    say: Callable[[str], None] = print,
+    after_step: Callable[[Row], None] = lambda row: None,
+) -> Row:
+    """Train heads and save them; go on where an earlier run with the same recipe stopped.
+
+    Args:
+        model: Not attached.
+        tokenizer: The model's.
+        recipe: How.
+        output: Folder for the heads; the checkpoint lies in it until they are done.
+        data: Folder of text, see `local_corpus`; None: Python's own standard library.
+        save_every: Steps between checkpoints.
+        say: Called with a line for people.
+        after_step: Called with each step's figures.
+
+    Returns:
+        What is written into the heads' config: recipe, tokens, seconds and the held-out figures before and after.
+    """
+    corpus, held_out = standard_library(tokenizer) if data is None else local_corpus(data, tokenizer)
+    output.mkdir(parents=True, exist_ok=True)
+    checkpoint = output / CHECKPOINT
+    if checkpoint.exists():
+        training = Training(model, heads_in(checkpoint), corpus, recipe)
+        training.load(checkpoint)
+        say(f"going on after step {training.step} of {recipe.steps}")
+    else:
+        budgets = {}
+        for num_slots in recipe.calibrate_at:
+            say(f"measuring the layers' shares of {num_slots} slots")
+            budgets[num_slots] = _weights(model, corpus, recipe, num_slots)
+        training = Training(model, new_heads(model, recipe, budgets), corpus, recipe)
+
+    def kept(row: Row) -> None:
+        after_step(row)
+        if row["step"] % save_every == 0:
+            training.save(checkpoint)
+
+    training.run(kept)
+    figures = {
+        "recipe": {key: value for key, value in vars(recipe).items()},
+        "tokens": recipe.steps * recipe.accumulate * recipe.length,
+        "held_out": training.evaluate(held_out, HELD_OUT_WINDOWS),
+    }
+    if training.accelerator.is_main_process:
+        save_heads(training.heads, output, ModelFacts.of(model), training=figures, dtype=torch.float16)
+        checkpoint.unlink(missing_ok=True)
+    return figures
+
+
+def standard_library(tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus]:
+    """Return Python's own standard library as a corpus, which every machine has."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = sorted(
+        path for path in folder.rglob("*.py") if "site-packages" not in path.parts and "test" not in path.parts
+    )
+    documents = [Document(path, 0, path.stat().st_size) for path in files if path.stat().st_size > 0]
+    topics = folder / "pydoc_data" / "topics.py"
+    if not documents:
+        raise DocumentError(f"Python's standard library is not at {folder}; name a folder of text with --data")
+    domains = {"code": [d for d in documents if d.file != topics], "prose": [d for d in documents if d.file == topics]}
+    return split(domains, tokenizer, held_out=0.05)
+
+
+def _weights(model: PreTrainedModel, corpus: Corpus, recipe: Recipe, num_slots: int) -> list[float]:
+    length = min(recipe.length, num_slots + 4 * recipe.chunk_size)
+    least = num_slots + 2 * recipe.chunk_size
+    windows = [
+        torch.tensor([corpus.window(recipe.seed + 1, number, length=length, least=least)])
+        for number in range(CALIBRATION_WINDOWS)
+    ]
+    return calibration_weights(
+        model,
+        windows,
+        compressor="mass-merge",
+        num_slots=num_slots,
+        chunk_size=recipe.chunk_size,
+        groups=CALIBRATION_GROUPS,
+    )

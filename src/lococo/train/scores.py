@@ -1,0 +1,164 @@
+"""Fit the scores: which entries stay is learned from what later queries really attend to.
+
+A choice has no gradient, so scores are not trained through the model. The model is read once per window, which gives an
+example for every layer at every compression: the entries, and the attention that the full cache's later queries give
+them. Then each layer's net is fitted alone, over and over, which costs next to nothing.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lococo.attachment import attach
+from lococo.cache import SlotCache
+from lococo.compressors.learned import LearnedHeads, Net, content_of, facts_of
+from lococo.entries import Entries
+from lococo.train.losses import Retention, divergences, retention_loss, teach
+
+BATCH = 8
+
+# Share of the windows whose examples tell when a fit is good, and are not fitted to.
+HELD_OUT = 0.15
+
+
+@dataclass(frozen=True)
+class Example:
+    """One layer's entries before a compression.
+
+    Attributes:
+        content: See `content_of`, (h s 2d).
+        facts: See `facts_of`, (h s facts).
+        prior: Logarithm of the look-ahead mass, (h s).
+        mass: Attention that later queries give, (h s).
+        num_slots: How many stay.
+        window: Number of the window it is from.
+    """
+
+    content: Tensor
+    facts: Tensor
+    prior: Tensor
+    mass: Tensor
+    num_slots: int
+    window: int
+
+
+@torch.no_grad()
+def collect(
+    model: PreTrainedModel, heads: LearnedHeads, ids: Tensor, *, num_slots: int, chunk_size: int, window: int
+) -> dict[int, list[Example]]:
+    """Read a window in slots, and return the examples of every layer.
+
+    Args:
+        model: Not attached.
+        heads: That compress while it is read.
+        ids: (1 n).
+        num_slots: Mean over the layers.
+        chunk_size: Tokens per forward pass.
+        window: Its number.
+    """
+    examples: dict[int, list[Example]] = {layer_idx: [] for layer_idx in heads.form.layers}
+    nothing = torch.zeros(0, dtype=torch.long, device=ids.device)
+    with attach(model, heads, num_slots=num_slots, chunk_size=chunk_size) as slots:
+        teacher = teach(slots, model, ids, nothing)
+        cache = slots.new_cache()
+        assert isinstance(cache, SlotCache)
+        retention = Retention(teacher, cache)
+
+        def take(layer_idx: int, entries: Entries, scores: Tensor, kept: int) -> None:
+            mass = retention.future_mass(layer_idx, entries)
+            if mass is None:
+                return
+            prior = entries.future_mass.clamp(min=1e-9)
+            content, facts = content_of(entries).bfloat16(), facts_of(entries, prior)
+            parts = zip(content.cpu(), facts.cpu(), prior.log().cpu(), mass.cpu(), strict=True)
+            examples[layer_idx] += [Example(c, f, p, m, kept, window) for c, f, p, m in parts]
+
+        heads.on_scores = take
+        try:
+            for _ in divergences(model, ids, cache, teacher):
+                pass
+        finally:
+            heads.on_scores = None
+    return examples
+
+
+def fit(
+    heads: LearnedHeads,
+    examples: dict[int, list[Example]],
+    *,
+    epochs: int = 10,
+    learning_rate: float = 5e-3,
+    seed: int = 0,
+    progress: Callable[[int, float, float], None] | None = None,
+) -> None:
+    """Fit every layer's scores; a layer whose held-out examples get worse by it keeps what it had.
+
+    Args:
+        heads: Changed in place.
+        examples: By layer.
+        epochs: Times that each example is seen.
+        learning_rate: Of Adam, at the beginning; it falls to 0.
+        seed: Of the order.
+        progress: Called after each layer with its index and the share of future attention that went, before and after.
+    """
+    for layer_idx, own in examples.items():
+        net = heads.scorers[str(layer_idx)]
+        assert isinstance(net, Net)
+        windows = sorted({example.window for example in own})
+        apart = set(windows[: max(1, round(HELD_OUT * len(windows)))]) if len(windows) > 1 else set()
+        train = [example for example in own if example.window not in apart]
+        test = [example for example in own if example.window in apart] or train
+        before, kept = lost_mass(net, test), {name: part.clone() for name, part in net.state_dict().items()}
+        _fit_layer(net, train, epochs, learning_rate, random.Random(seed))
+        after = lost_mass(net, test)
+        if after > before:
+            net.load_state_dict(kept)
+        if progress is not None:
+            progress(layer_idx, before, after)
+
+
+def _fit_layer(net: Net, examples: list[Example], epochs: int, learning_rate: float, draw: random.Random) -> None:
+    optimizer = torch.optim.Adam(net.parameters(), lr=learning_rate, betas=(0.9, 0.98))
+    total = epochs * len(list(_batches(examples, draw)))
+    step = 0
+    for _ in range(epochs):
+        for batch in _batches(examples, draw):
+            optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / total)
+            loss, _ = _loss(net, batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            step += 1
+
+
+@torch.no_grad()
+def lost_mass(net: Net, examples: list[Example]) -> float:
+    """Return the mean share of future attention that goes to entries which would not stay."""
+    lost = [_loss(net, batch)[1].item() * len(batch) for batch in _batches(examples, random.Random(0))]
+    return sum(lost) / len(examples)
+
+
+def _loss(net: Net, batch: list[Example]) -> tuple[Tensor, Tensor]:
+    parameter = net.head
+    content, facts, prior, mass = (
+        torch.stack([getattr(example, name) for example in batch]).to(parameter)
+        for name in ("content", "facts", "prior", "mass")
+    )
+    return retention_loss(prior + net(content, facts)[0], mass, batch[0].num_slots)
+
+
+def _batches(examples: list[Example], draw: random.Random) -> Iterator[list[Example]]:
+    """Yield examples of one size at a time, in random order."""
+    sizes: dict[tuple[int, int], list[Example]] = {}
+    for example in examples:
+        sizes.setdefault((example.prior.shape[-1], example.num_slots), []).append(example)
+    batches = []
+    for group in sizes.values():
+        draw.shuffle(group)
+        batches += [group[start : start + BATCH] for start in range(0, len(group), BATCH)]
+    draw.shuffle(batches)
+    yield from batches

@@ -1,0 +1,112 @@
+import pytest
+import torch
+from families import heads_for, left_padded, tiny, tokens
+
+import lococo
+from lococo.compressors.heads import load_heads, save_heads
+from lococo.errors import ArgumentError, FileFormatError
+from lococo.facts import ModelFacts
+
+
+def logits_of(model, compressor, ids, mask=None, **options):
+    with lococo.attach(model, compressor, **{"num_slots": 40, "chunk_size": 16, **options}) as slots:
+        return model(ids, attention_mask=mask, past_key_values=slots.new_cache()).logits
+
+
+@torch.no_grad()
+def test_untrained_heads_are_mass_merge():
+    model, ids = tiny(), tokens(2, 150)
+    assert torch.equal(logits_of(model, heads_for(model), ids), logits_of(model, "mass-merge", ids))
+
+
+@pytest.mark.parametrize("option", ["learned_scores", "learned_merge"])
+@torch.no_grad()
+def test_each_part_changes_the_outcome_and_can_be_switched_off(option):
+    model, ids = tiny(), tokens(1, 150)
+    outcomes = [logits_of(model, heads_for(model, scale=0.3, **{option: on}), ids) for on in (True, False)]
+    assert not torch.allclose(*outcomes, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_padded_row_is_the_row_alone():
+    model, pads = tiny(), [0, 13, 60]
+    heads = heads_for(model, scale=0.1)
+    ids, mask = left_padded(tokens(3, 190), pads)
+    together = logits_of(model, heads, ids, mask)
+    for row, pad in enumerate(pads):
+        alone = logits_of(model, heads, ids[row : row + 1, pad:])
+        torch.testing.assert_close(together[row, pad:], alone[0], atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_text_that_fits_is_read_as_the_model_reads_it():
+    model, ids = tiny(), tokens(2, 56)
+    assert not torch.allclose(logits_of(model, heads_for(model, scale=0.3), tokens(2, 57)), model(tokens(2, 57)).logits)
+    read = logits_of(model, heads_for(model, scale=0.3), ids)
+    torch.testing.assert_close(read, model(ids).logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_norms_hold_for_rows_with_slots_alone_and_leave_no_trace():
+    model = tiny()
+    heads = heads_for(model)
+    ids = tokens(1, 80)
+    before = model(ids).logits
+    plain = logits_of(model, heads, ids)
+    heads.norms.delta += 0.2
+    changed = logits_of(model, heads, ids)
+    assert torch.equal(plain[:, :56], changed[:, :56])
+    assert not torch.allclose(plain[:, 56:], changed[:, 56:], atol=1e-3)
+    assert torch.equal(model(ids).logits, before)
+
+
+@torch.no_grad()
+def test_the_norms_change_less_with_more_slots():
+    model = tiny()
+    heads, norm = heads_for(model), model.base_model.norm
+    heads.norms.delta += 0.1
+    states = torch.randn(1, 3, model.config.hidden_size)
+    plain = norm(states)
+    handles = heads.norms.install(model.base_model)
+    with heads.norms.holding([True], 256):
+        torch.testing.assert_close(norm(states), plain * 1.05)
+    assert torch.equal(norm(states), plain)
+    for handle in handles:
+        handle.remove()
+
+
+def test_budgets_are_interpolated_and_keep_the_total():
+    heads = heads_for(tiny(), budgets={64: [1, 1, 1, 5], 256: [1, 1, 1, 1]})
+    assert heads.slots_per_layer(256) == [256] * 4
+    low, middle = heads.slots_per_layer(64), heads.slots_per_layer(128)
+    assert sum(low) == 256
+    assert sum(middle) == 512
+    # At least 17 each and the rest by weight, 1 to 5, where the first ones get the halves; then 1 to the root of 5.
+    assert low == [41, 41, 40, 134]
+    assert middle[3] == 17 + int((512 - 4 * 17) * 5**0.5 / (3 + 5**0.5))
+    with lococo.attach(tiny(), heads, num_slots=64, chunk_size=16) as slots:
+        assert slots.new_cache().slots_per_layer == low
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@torch.no_grad()
+def test_saved_heads_are_the_same_heads(tmp_path, dtype):
+    model, ids = tiny(), tokens(1, 150)
+    heads = heads_for(model, scale=0.1, budgets={64: [1, 2, 1, 1]})
+    save_heads(heads, tmp_path, ModelFacts.of(model), dtype=dtype)
+    expected, read = logits_of(model, heads, ids), logits_of(model, str(tmp_path), ids)
+    torch.testing.assert_close(read, expected, atol=0 if dtype == torch.float32 else 0.05, rtol=0)
+    _, loaded = load_heads(tmp_path, {0: 40, 1: 40, 2: 40, 3: 40}, 12)
+    assert loaded.slots_per_layer(50) == heads.slots_per_layer(50)
+
+
+def test_heads_of_another_model_are_refused(tmp_path):
+    save_heads(heads_for(tiny()), tmp_path, ModelFacts.of(tiny()))
+    with pytest.raises(FileFormatError, match="rope"):
+        lococo.attach(tiny("llama-yarn"), str(tmp_path), num_slots=40)
+
+
+def test_a_model_without_heads_of_its_own():
+    with pytest.raises(ArgumentError, match=r"no heads for .* come with lococo; train them"):
+        lococo.attach(tiny(), "lococo", num_slots=40)
+    assert lococo.attach(tiny(), num_slots=40).compressor.name == "mass-merge"

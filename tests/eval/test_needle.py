@@ -1,0 +1,73 @@
+import pytest
+from families import tiny
+from test_perplexity import document, write
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from lococo.errors import ArgumentError, DocumentError
+from lococo.eval import needle
+
+
+@pytest.fixture
+def tokenizer():
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+
+
+@pytest.fixture
+def data(tmp_path):
+    for number in range(4):
+        write(tmp_path / "books" / f"{number}.txt", document(600, number))
+        write(tmp_path / "web" / f"{number}.txt", document(300, 10 + number))
+    return tmp_path
+
+
+def test_trials_hide_the_needle_at_every_depth(tokenizer, data):
+    trials = needle.make_trials(tokenizer, data, 120, 10)
+    assert [round(trial.depth, 2) for trial in trials] == [0, 0.11, 0.22, 0.33, 0.44, 0.56, 0.67, 0.78, 0.89, 1]
+    assert {len(trial.ids) for trial in trials} == {120}
+    # The words of needle and question are unknown to this tokenizer, which makes them 0.
+    assert trials[0].ids[:8] == [0] * 8
+    assert trials[9].ids[:8] != [0] * 8
+    assert all(len(trial.value) == 5 for trial in trials)
+    assert trials == needle.make_trials(tokenizer, data, 120, 10)
+    assert trials != needle.make_trials(tokenizer, data, 120, 10, seed=1)
+
+
+def test_an_answer_counts_if_it_begins_with_the_value(tokenizer, data, monkeypatch):
+    trials = needle.make_trials(tokenizer, data, 120, 20)
+    said = iter([[1]] * 20 + [[2]] * 20)
+    monkeypatch.setattr(needle, "stream", lambda *arguments, **options: next(said))
+    values = iter([f" {trial.value}. And" for trial in trials] + ["no"] * 20)
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids: next(values))
+    rows = needle.evaluate(
+        tiny(), tokenizer, data=data, compressors=["h2o"], num_slots=40, chunk_size=16, lengths=[120], trials=20
+    )
+    assert [(row["compressor"], row["accuracy"]) for row in rows] == [("full", 1.0), ("h2o", 0.0)]
+    assert rows[0]["by_depth"].keys() == {"0.0", "0.11", "0.22", "0.33", "0.44", "0.56", "0.67", "0.78", "0.89", "1.0"}
+    assert rows[0]["low"] == pytest.approx(0.8389, abs=1e-4)
+    assert rows[1]["high"] == pytest.approx(0.1611, abs=1e-4)
+
+
+def test_enough_slots_answer_as_the_full_cache(tokenizer, data):
+    rows = needle.evaluate(
+        tiny(), tokenizer, data=data, compressors=["h2o"], num_slots=200, chunk_size=16, lengths=[120], trials=3
+    )
+    assert rows[0]["correct"] == rows[1]["correct"]
+
+
+def test_wilson():
+    assert needle.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+
+
+def test_what_cannot_be_tried(tokenizer, data):
+    options = {"data": data, "compressors": ["h2o"], "num_slots": 40, "chunk_size": 16}
+    with pytest.raises(ArgumentError, match="no room for a text"):
+        needle.evaluate(tiny(), tokenizer, lengths=[20], trials=2, **options)
+    with pytest.raises(ArgumentError, match="window of 1024"):
+        needle.evaluate(tiny(), tokenizer, lengths=[1024], trials=2, **options)
+    with pytest.raises(DocumentError, match=r"texts of .* tokens for 500 trials"):
+        needle.evaluate(tiny(), tokenizer, lengths=[120], trials=500, **options)

@@ -1,0 +1,84 @@
+import json
+
+import pytest
+
+from lococo.errors import DocumentError
+from lococo.train.data import Document, local_corpus
+
+
+class Letters:
+    """A tokenizer of single characters."""
+
+    def __call__(self, text, add_special_tokens=False):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "prose").mkdir()
+    (tmp_path / "web").mkdir()
+    for number in range(10):
+        (tmp_path / "prose" / f"{number}.txt").write_text(" ".join(f"play {word}" for word in range(100)))
+    lines = [json.dumps({"text": " ".join(f"é fox {word}" for word in range(100))}) for number in range(10)]
+    (tmp_path / "web" / "pages.jsonl").write_text("\n".join(lines) + "\n\n", "utf-8")
+    return tmp_path
+
+
+def test_windows_are_the_same_for_the_same_seed_and_number(folder):
+    corpus, _ = local_corpus(folder, Letters())
+    windows = [corpus.window(3, number, length=50, least=20) for number in range(20)]
+    assert windows == [corpus.window(3, number, length=50, least=20) for number in range(20)]
+    assert windows != [corpus.window(4, number, length=50, least=20) for number in range(20)]
+    assert all(20 <= len(window) <= 50 for window in windows)
+    assert len({tuple(window) for window in windows}) > 10
+
+
+def test_domains_take_turns(folder):
+    corpus, _ = local_corpus(folder, Letters())
+    texts = ["".join(map(chr, corpus.window(0, number, length=60, least=20))) for number in range(8)]
+    assert ["fox" in text for text in texts] == [False, True] * 4
+
+
+def test_documents_are_kept_apart(folder):
+    train, held_out = local_corpus(folder, Letters(), held_out=0.2)
+    for domain in ("prose", "web"):
+        inside, apart = set(train.domains[domain]), set(held_out.domains[domain])
+        assert len(apart) == 2
+        assert len(inside) == 8
+        assert not inside & apart
+
+
+def test_what_is_for_validation_is_never_trained_on(folder):
+    for part in ("train", "val"):
+        (folder / "split" / part).mkdir(parents=True)
+        (folder / "split" / part / "a.txt").write_text(part * 100)
+    (folder / "other").mkdir()
+    (folder / "other" / "val.jsonl").write_text(json.dumps({"text": "val " * 100}))
+    train, held_out = local_corpus(folder, Letters())
+    files = {d.file for corpus in (train, held_out) for group in corpus.domains.values() for d in group}
+    assert folder / "split" / "train" / "a.txt" in files
+    assert not [file for file in files if "val" in str(file.relative_to(folder))]
+
+
+def test_a_part_of_a_file_is_read_as_text(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("é" * 100, "utf-8")
+    assert Document(file, 0, 200).read(1, 11) == "é" * 5
+
+
+def test_a_folder_without_text(tmp_path):
+    with pytest.raises(DocumentError, match="expected text to train on"):
+        local_corpus(tmp_path, Letters())
+
+
+def test_documents_shorter_than_a_window(folder):
+    corpus, _ = local_corpus(folder, Letters())
+    with pytest.raises(DocumentError, match="documents of at least 5000 tokens, found hardly any"):
+        corpus.window(0, 0, length=6000, least=5000)
+
+
+def test_lines_without_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"body": "' + "x" * 500 + '"}\n')
+    corpus, _ = local_corpus(tmp_path, Letters())
+    with pytest.raises(DocumentError, match="expected lines of JSON with a 'text' field"):
+        corpus.window(0, 0, length=50, least=20)

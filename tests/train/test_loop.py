@@ -1,0 +1,172 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from families import tiny
+from one_training import CORPUS, RECIPE, training
+
+from lococo.compressors.heads import load_heads
+from lococo.errors import ArgumentError, DocumentError, FileFormatError, TrainingError
+from lococo.train.loop import heads_in
+from lococo.train.recipe import Recipe
+from lococo.train.run import CHECKPOINT, train
+
+
+def weights(trained):
+    return {name: tensor.clone() for name, tensor in trained.heads.state_dict().items()}
+
+
+def test_training_lowers_the_loss_and_leaves_the_model_alone(tmp_path):
+    trained = training(tmp_path, steps=12)
+    before = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
+    losses = trained.evaluate(trained.corpus, 4)
+    trained.run(lambda row: None)
+    better = trained.evaluate(trained.corpus, 4)
+    for num_slots in ("24", "40"):
+        assert better[num_slots]["loss"] < losses[num_slots]["loss"]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained.model.state_dict().items())
+
+
+@pytest.mark.parametrize("stopped_after", [1, 4])
+def test_a_resumed_training_ends_with_the_same_weights(tmp_path, stopped_after):
+    unbroken = training(tmp_path, steps=6)
+    unbroken.run(lambda row: None)
+
+    class KilledError(Exception):
+        pass
+
+    killed = training(tmp_path, steps=6)
+
+    def kill(row):
+        if row["step"] == stopped_after:
+            killed.save(tmp_path / "checkpoint.safetensors")
+        if row["step"] == stopped_after + 1:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        killed.run(kill)
+    resumed = training(tmp_path, steps=6, heads=heads_in(tmp_path / "checkpoint.safetensors"))
+    resumed.load(tmp_path / "checkpoint.safetensors")
+    assert resumed.step == stopped_after
+    resumed.run(lambda row: None)
+    ends = weights(unbroken), weights(resumed)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_a_step_that_is_not_finite_keeps_the_heads(tmp_path):
+    trained = training(tmp_path, steps=3)
+    rows = []
+    trained.run(lambda row: rows.append(row) if row["step"] < 2 else None)
+    good = weights(trained)
+    trained.step = 2
+    with torch.no_grad():
+        trained.model.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(TrainingError, match="the loss of step 3 is not finite"):
+        trained.run(lambda row: None)
+    after = weights(trained)
+    assert all(torch.equal(good[name], after[name]) for name in good)
+
+
+@pytest.mark.parametrize("objective", ["distillation", "next-token"])
+@pytest.mark.parametrize("compressions", [0, 1, 2])
+def test_every_objective_reaches_every_part(tmp_path, objective, compressions):
+    trained = training(tmp_path, steps=3, objective=objective, compressions=compressions)
+    before = weights(trained)
+    trained.run(lambda row: None)
+    moved = {name.split(".")[0] for name, tensor in weights(trained).items() if not torch.equal(tensor, before[name])}
+    assert moved == {"scorers", "mergers", "norms"}
+
+
+def test_two_processes_train_as_one_with_accumulation(tmp_path):
+    (tmp_path / "text.txt").write_text(CORPUS)
+    script = Path(__file__).with_name("one_training.py")
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    for processes in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *launch, str(script), str(tmp_path), str(tmp_path / f"{processes}.json")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2))
+    assert (one.pop("processes"), two.pop("processes")) == (1, 2)
+    assert one["losses"] == pytest.approx(two["losses"], rel=1e-5)
+    assert one["sum"] == pytest.approx(two["sum"], rel=1e-5)
+
+
+def test_a_whole_training_gives_heads_that_load(tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text(CORPUS)
+    trained = training(tmp_path, steps=2)
+    recipe = Recipe(**RECIPE | {"steps": 4, "calibrate_at": (24,)})
+    said = []
+    arguments = {"data": tmp_path / "text", "say": said.append}
+
+    class KilledError(Exception):
+        pass
+
+    def kill(row):
+        if row["step"] == 3:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        train(
+            trained.model,
+            trained.corpus.tokenizer,
+            recipe,
+            tmp_path / "heads",
+            save_every=2,
+            after_step=kill,
+            **arguments,
+        )
+    assert (tmp_path / "heads" / CHECKPOINT).exists()
+    figures = train(trained.model, trained.corpus.tokenizer, recipe, tmp_path / "heads", save_every=2, **arguments)
+    assert said == ["measuring the layers' shares of 24 slots", "going on after step 2 of 4"]
+    assert sorted(path.name for path in (tmp_path / "heads").iterdir()) == ["config.json", "model.safetensors"]
+    _, heads = load_heads(tmp_path / "heads", dict.fromkeys(range(4), 24), 12)
+    assert sum(heads.slots_per_layer(24)) == 96
+    assert figures["held_out"].keys() == {"24", "40"}
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+    trained = training(tmp_path, steps=3)
+    trained.save(tmp_path / "checkpoint.safetensors")
+    other = training(tmp_path, steps=3, learning_rate=1e-4)
+    with pytest.raises(FileFormatError, match="made with another recipe or model"):
+        other.load(tmp_path / "checkpoint.safetensors")
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"no such thing")
+    with pytest.raises(FileFormatError, match="not a readable checkpoint"):
+        trained.load(tmp_path / "checkpoint.safetensors")
+
+
+def test_a_checkpoint_is_kept_where_the_disk_is_full(tmp_path, monkeypatch):
+    trained = training(tmp_path, steps=3)
+    file = tmp_path / "checkpoint.safetensors"
+    trained.save(file)
+    before = file.read_bytes()
+    safetensors.torch.load(before)
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        trained.save(file)
+    assert file.read_bytes() == before
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_recipes_that_cannot_be():
+    with pytest.raises(ArgumentError, match="windows of 500 tokens are not compressed in 512 slots"):
+        Recipe(length=500)
+    with pytest.raises(ArgumentError, match="an odd kernel_size"):
+        Recipe(kernel_size=4)
+
+
+def test_a_corpus_without_windows(tmp_path):
+    (tmp_path / "a.txt").write_text("few words")
+    with pytest.raises(DocumentError, match="hardly any"):
+        train(tiny(), training(tmp_path, steps=1).corpus.tokenizer, Recipe(**RECIPE), tmp_path / "out", data=tmp_path)

@@ -353,8 +353,8 @@ def train(
             say=say,
             after_step=after_step,
         )
-    for num_slots, figure in figures["held_out"].items():
-        print(f"{num_slots} slots: {figure['loss']:.4f} nats per token from the full cache", file=_human(json))
+    for num_slots, loss in figures["held_out"].items():
+        print(f"{num_slots} slots: {loss:.4f} nats per token on held-out text", file=_human(json))
     if json:
         print(jsonlib.dumps(figures))
 

@@ -3,7 +3,7 @@ import torch
 from families import heads_for, tiny, tokens
 
 import lococo
-from lococo.train.losses import Retention, divergences, next_token_losses, retention_loss, teach
+from lococo.train.losses import divergences, future_mass, next_token_losses, retention_loss, teach
 
 
 def read_window(model, heads, ids, **options):
@@ -13,7 +13,7 @@ def read_window(model, heads, ids, **options):
         teacher = teach(slots, model, ids, compared)
         cache = slots.new_cache()
         divergence = sum(loss for loss, _ in divergences(model, ids, cache, teacher))
-        nll = sum(loss for loss, _ in next_token_losses(model, ids, slots.new_cache(), teacher))
+        nll = sum(loss for loss, _ in next_token_losses(model, ids, slots.new_cache(), compared))
     return teacher, divergence, nll
 
 
@@ -70,18 +70,20 @@ def test_the_gradient_passes_several_compressions():
 def test_future_mass_is_the_mass_that_later_queries_give():
     model, ids = tiny(), tokens(1, 120)
     seen = []
-
-    class Watch(Retention):
-        def __call__(self, layer_idx, entries, scores, num_slots):
-            if layer_idx == 0 and not seen:
-                seen.append((entries, self.future_mass(layer_idx, entries)))
-
     heads = heads_for(model)
     with lococo.attach(model, heads, num_slots=40, chunk_size=16) as slots:
         teacher = teach(slots, model, ids, torch.arange(56, 119))
         cache = slots.new_cache()
-        heads.on_scores = Watch(teacher, cache)
+
+        def watch(layer_idx, entries, num_slots):
+            if layer_idx == 0:
+                read = cache.rows.tokens[0]
+                seen.append((entries, future_mass(teacher, layer_idx, entries, seen=read, chunk_size=16)))
+
+        heads.on_compress = watch
         list(divergences(model, ids, cache, teacher))
+    # At the last compression less than half a chunk of the window is left.
+    assert [mass is None for _, mass in seen] == [False, False, False, False]
     model.set_attn_implementation("eager")
     maps = model(ids, output_attentions=True).attentions[0]  # (1 h*g q s)
     model.set_attn_implementation("sdpa")

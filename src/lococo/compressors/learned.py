@@ -25,7 +25,7 @@ RECENT = 16
 # Numbers about an entry that the nets see besides its key and value; see `facts_of`.
 FACTS = 7
 
-OnScores = Callable[[int, Entries, Tensor, int], None]
+OnCompress = Callable[[int, Entries, int], None]
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ class LearnedHeads(nn.Module):
         self.scorers = nn.ModuleDict({layer: Net(form, 1) for layer in layers if form.learned_scores})
         self.mergers = nn.ModuleDict({layer: Net(form, 2) for layer in layers if form.learned_merge})
         self.norms = NormDeltas(list(form.norms), form.hidden_size) if form.norms else None
-        self.on_scores: OnScores | None = None
+        # Shown every layer's entries, and how many stay, before they are compressed.
+        self.on_compress: OnCompress | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -126,14 +127,14 @@ class LearnedHeads(nn.Module):
 
     def compress(self, entries: Entries, num_slots: int, layer_idx: int) -> Entries:
         """Keep the `num_slots` entries that later queries will attend to most, and merge the others into them."""
+        if self.on_compress is not None:
+            self.on_compress(layer_idx, entries, num_slots)
         mass = entries.future_mass.clamp(min=1e-9)
         content, facts = content_of(entries), facts_of(entries, mass)
         scores = mass.log()
         if self.form.learned_scores:
             scores = scores + self.scorers[str(layer_idx)](content, facts)[0]
-            if self.on_scores is not None:
-                self.on_scores(layer_idx, entries, scores, num_slots)
-        scores = scores.detach().clone()
+        scores = scores.detach().clone()  # which entries stay is no smooth choice
         scores[..., len(entries) - RECENT :] = torch.inf
         kept = scores.topk(num_slots, sorted=False).indices.sort().values
         if not self.form.learned_merge:

@@ -18,22 +18,18 @@ from transformers import PreTrainedModel
 from lococo.attachment import Attachment, attach, slot_layer_indices
 from lococo.cache import SlotCache
 from lococo.compressors.heads import write_atomically
-from lococo.compressors.learned import HeadSettings, LearnedHeads, OnScores
-from lococo.entries import Entries
+from lococo.compressors.learned import HeadSettings, LearnedHeads
 from lococo.errors import ArgumentError, FileFormatError, TrainingError
 from lococo.facts import ModelFacts, weights_fingerprint
 from lococo.norms import norm_names
 from lococo.train.data import Corpus
-from lococo.train.losses import Retention, divergences, next_token_losses, teach
+from lococo.train.losses import divergences, next_token_losses, teach
 from lococo.train.recipe import Recipe
 
 Row = dict[str, Any]
 
 # Steps over which the learning rate rises.
 WARM_UP = 5
-
-# The scores of every so many layers are trained in a step.
-SCORED_IN_TURN = 3
 
 
 def new_heads(model: PreTrainedModel, recipe: Recipe, budgets: dict[int, list[float]] | None = None) -> LearnedHeads:
@@ -96,25 +92,23 @@ class Training:
         self.corpus = corpus
         self.recipe = recipe
         self.step = 0
-        named = dict(heads.named_parameters())
+        # Scores are fitted apart, see `scores`.
+        named = {name: p for name, p in heads.named_parameters() if not name.startswith("scorers.")}
         if not named:
-            raise ArgumentError("these heads have nothing to train; switch on scores, merge or norms")
-        self.groups = {
-            "norms": [p for name, p in named.items() if name.startswith("norms.")],
-            "heads": [p for name, p in named.items() if not name.startswith("norms.")],
-        }
-        rates = {"norms": recipe.norms_learning_rate, "heads": recipe.learning_rate}
+            raise ArgumentError("these heads have nothing to train but scores; switch on the merge or norms")
+        self.trained = list(named.values())
+        norms = [p for name, p in named.items() if name.startswith("norms.")]
+        others = [p for name, p in named.items() if not name.startswith("norms.")]
+        groups = [(norms, recipe.norms_learning_rate), (others, recipe.learning_rate)]
         self.optimizer = torch.optim.Adam(
-            [{"params": group, "lr": rates[name], "peak": rates[name]} for name, group in self.groups.items() if group],
-            betas=(0.9, 0.98),
+            [{"params": group, "lr": peak, "peak": peak} for group, peak in groups if group], betas=(0.9, 0.98)
         )
 
     def run(self, after_step: Callable[[Row], None]) -> None:
         """Train until all steps are done.
 
         Args:
-            after_step: Called with the step's figures: step, num_slots, loss (nats per token), lost_mass,
-                tokens_per_second.
+            after_step: Called with the step's figures: step, num_slots, loss (nats per token), tokens_per_second.
 
         Raises:
             TrainingError: If the loss or a gradient is not finite; the heads are as they were before the step.
@@ -127,71 +121,47 @@ class Training:
             after_step(row | {"step": self.step, "tokens_per_second": tokens / (time.perf_counter() - start)})
 
     @torch.no_grad()
-    def evaluate(self, corpus: Corpus, windows: int) -> dict[str, dict[str, float]]:
-        """Return, by number of slots, loss (nats per token) and lost_mass on so many windows of a corpus."""
-        figures = {}
-        for num_slots in sorted(set(self.recipe.num_slots)):
-            sums = torch.zeros(2)
-            for number in range(windows):
-                sums += torch.tensor(self._window(self._ids(corpus, -1, number, num_slots), num_slots)) / windows
-            figures[str(num_slots)] = {"loss": round(sums[0].item(), 5), "lost_mass": round(sums[1].item(), 5)}
-        return figures
+    def evaluate(self, corpus: Corpus, windows: int) -> dict[str, float]:
+        """Return, by number of slots, the loss on so many windows of a corpus, nats per token."""
+        return {
+            str(num_slots): math.fsum(
+                self._window(self._ids(corpus, -1, number, num_slots), num_slots) / windows for number in range(windows)
+            )
+            for num_slots in sorted(set(self.recipe.num_slots))
+        }
 
     def _one_step(self) -> Row:
         recipe, processes = self.recipe, self.accelerator.num_processes
         if recipe.accumulate % processes:
             raise ArgumentError(f"{recipe.accumulate} windows per step cannot be shared by {processes} processes")
         num_slots = recipe.num_slots[self.step % len(recipe.num_slots)]
-        mine = range(self.accelerator.process_index, recipe.accumulate, processes)
-        figures = torch.zeros(2, device=self.accelerator.device)
-        for number in mine:
+        loss = torch.zeros((), device=self.accelerator.device)
+        for number in range(self.accelerator.process_index, recipe.accumulate, processes):
             ids = self._ids(self.corpus, recipe.seed, self.step * recipe.accumulate + number, num_slots)
-            figures += torch.tensor(self._window(ids, num_slots), device=figures.device) / recipe.accumulate
-        figures = self.accelerator.reduce(figures, "sum")
+            loss += self._window(ids, num_slots) / recipe.accumulate
+        loss = self.accelerator.reduce(loss, "sum")
         self._share_gradients()
-        self._update(figures)
-        return {"num_slots": num_slots, "loss": figures[0].item(), "lost_mass": figures[1].item()}
+        self._update(loss)
+        return {"num_slots": num_slots, "loss": loss.item()}
 
     def _ids(self, corpus: Corpus, seed: int, number: int, num_slots: int) -> Tensor:
         least = num_slots + 2 * self.recipe.chunk_size
         ids = corpus.window(seed, number, length=self.recipe.length, least=least)
         return torch.tensor([ids], device=self.accelerator.device)
 
-    def _window(self, ids: Tensor, num_slots: int) -> tuple[float, float]:
-        """Read a window, and add its gradient unless they are switched off.
-
-        Returns:
-            Its loss per token, and the share of future attention that went to entries which did not stay.
-        """
+    def _window(self, ids: Tensor, num_slots: int) -> float:
+        """Read a window, add its gradient unless gradients are switched off, and return its loss per token."""
         recipe = self.recipe
+        first = num_slots + recipe.chunk_size
+        compared = torch.arange(first, ids.shape[1] - 1, recipe.compare_every, device=ids.device)
         with self._attached(num_slots) as slots:
-            first = num_slots + recipe.chunk_size
-            compared = torch.arange(first, ids.shape[1] - 1, recipe.compare_every, device=ids.device)
-            teacher = teach(slots, self.model, ids, compared)
             cache = slots.new_cache()
             assert isinstance(cache, SlotCache)
-            retention = Retention(teacher, cache)
-            self.heads.on_scores = self._watched(retention)
-            try:
-                read = divergences if recipe.objective == "distillation" else next_token_losses
-                loss = self._through(read(self.model, ids, cache, teacher), cache, len(compared), num_slots)
-            finally:
-                self.heads.on_scores = None
-            if retention.losses and torch.is_grad_enabled():
-                self._scaled(torch.stack(retention.losses).mean()).backward()
-        return loss, torch.stack(retention.lost).mean().item() if retention.lost else 0.0
-
-    def _watched(self, retention: Retention) -> OnScores:
-        """Return what takes the scores' loss down: in training for some layers at a time, which is dear enough."""
-        if not torch.is_grad_enabled():
-            return retention
-        turn = self.step // len(self.recipe.num_slots) % SCORED_IN_TURN
-
-        def some(layer_idx: int, entries: Entries, scores: Tensor, num_slots: int) -> None:
-            if layer_idx % SCORED_IN_TURN == turn:
-                retention(layer_idx, entries, scores, num_slots)
-
-        return some
+            if recipe.objective == "distillation":
+                losses = divergences(self.model, ids, cache, teach(slots, self.model, ids, compared))
+            else:
+                losses = next_token_losses(self.model, ids, cache, compared)
+            return self._through(losses, cache, len(compared), num_slots)
 
     def _through(self, losses: Iterator[tuple[Tensor, int]], cache: SlotCache, count: int, num_slots: int) -> float:
         """Send the gradients of a window's chunks back; return its loss per token."""
@@ -217,17 +187,17 @@ class Training:
 
     def _share_gradients(self) -> None:
         """Add the gradients of all processes up; each has divided by the number of windows already."""
-        for parameter in self.heads.parameters():
+        for parameter in self.trained:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
 
-    def _update(self, figures: Tensor) -> None:
-        norm = nn.utils.clip_grad_norm_(self.heads.parameters(), 1.0)
-        if not bool(torch.isfinite(figures).all() & torch.isfinite(norm)):
+    def _update(self, loss: Tensor) -> None:
+        norm = nn.utils.clip_grad_norm_(self.trained, 1.0)
+        if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
             self.optimizer.zero_grad()
             raise TrainingError(
-                f"the loss of step {self.step + 1} is not finite ({figures[0].item()}); the last checkpoint is good: "
+                f"the loss of step {self.step + 1} is not finite ({loss.item()}); the last checkpoint is good: "
                 "lower the learning rates and go on from it"
             )
         rise, fall = (self.step + 1) / WARM_UP, 1 - self.step / self.recipe.steps

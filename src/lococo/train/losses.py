@@ -1,4 +1,4 @@
-"""What heads are trained to do: give the full cache's predictions, and keep what will be attended to."""
+"""What heads learn from: the full cache's predictions, and what later queries of the text attend to."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -70,56 +70,47 @@ def teach(attachment: Attachment, model: PreTrainedModel, ids: Tensor, compared:
     return Teacher(output.logits.float().log_softmax(-1), cache, compared)
 
 
-class Retention:
-    """The loss of scores: how much of the future attention goes to entries that would not stay.
+@torch.no_grad()
+def future_mass(teacher: Teacher, layer_idx: int, entries: Entries, *, seen: int, chunk_size: int) -> Tensor | None:
+    """Return the attention that later queries of the text, in the full cache's own words, will give to entries.
 
-    Each entry stays with a probability that rises with its score, around the score of the last one that stays. The
-    loss is the attention that later queries of the text give to those that go, in the full cache's own words.
+    Args:
+        teacher: Of the window.
+        layer_idx: The layer.
+        entries: Of a batch of one row.
+        seen: Tokens of the window read so far.
+        chunk_size: Tokens per forward pass, of which HORIZON count, each further one DISCOUNT times as much.
+
+    Returns:
+        Mass per query, (b h s); None where less than half a chunk of the window is left.
     """
-
-    def __init__(self, teacher: Teacher, cache: SlotCache) -> None:
-        self.teacher = teacher
-        self.cache = cache
-        self.losses: list[Tensor] = []
-        self.lost: list[Tensor] = []
-
-    def __call__(self, layer_idx: int, entries: Entries, scores: Tensor, num_slots: int) -> None:
-        """Take down the loss of one compression of one layer."""
-        mass = self.future_mass(layer_idx, entries)
-        if mass is None:
-            return
-        gap, self_lost = retention_loss(scores, mass, num_slots)
-        self.losses.append(gap)
-        self.lost.append(self_lost)
-
-    @torch.no_grad()
-    def future_mass(self, layer_idx: int, entries: Entries) -> Tensor | None:
-        """Return the attention that each entry will get per query, discounted, (b h s); None at the window's end."""
-        layer = self.teacher.layer(layer_idx)
-        assert layer.queries is not None
-        now, chunk = self.cache.rows.tokens[0], self.cache.chunk_size
-        stop = min(now + HORIZON * chunk, layer.queries.shape[3])
-        if stop - now < chunk // 2:
-            return None
-        queries = layer.queries[:, :, :, now:stop]
-        keys = torch.cat([entries.keys, layer.keys[:, :, now:stop]], 2)
-        log_mass = torch.cat([entries.log_mass, entries.log_mass.new_zeros(*keys.shape[:2], stop - now)], 2)
-        ahead = torch.arange(stop - now, device=keys.device)
-        weight = DISCOUNT ** (ahead // chunk).float()
-        mass = attention_mass(
-            keys,
-            log_mass,
-            queries,
-            scaling=entries.scaling,
-            softcap=entries.softcap,
-            visible=(len(entries) + ahead + 1)[None],
-            weight=weight[None],
-        )
-        return mass[:, :, : len(entries)] / (weight.sum() * queries.shape[2])
+    layer = teacher.layer(layer_idx)
+    assert layer.queries is not None
+    stop = min(seen + HORIZON * chunk_size, layer.queries.shape[3])
+    if stop - seen < chunk_size // 2:
+        return None
+    queries = layer.queries[:, :, :, seen:stop]
+    keys = torch.cat([entries.keys, layer.keys[:, :, seen:stop]], 2)
+    log_mass = torch.cat([entries.log_mass, entries.log_mass.new_zeros(*keys.shape[:2], stop - seen)], 2)
+    ahead = torch.arange(stop - seen, device=keys.device)
+    weight = DISCOUNT ** (ahead // chunk_size).float()
+    mass = attention_mass(
+        keys,
+        log_mass,
+        queries,
+        scaling=entries.scaling,
+        softcap=entries.softcap,
+        visible=(len(entries) + ahead + 1)[None],
+        weight=weight[None],
+    )
+    return mass[:, :, : len(entries)] / (weight.sum() * queries.shape[2])
 
 
 def retention_loss(scores: Tensor, mass: Tensor, num_slots: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return the loss of scores and, for the reader, the mass that really goes.
+
+    Each entry stays with a probability that rises with its score, around the score of the last one that stays. The
+    loss is the attention that later queries give to those that go.
 
     Args:
         scores: (b h s), with gradient.
@@ -150,38 +141,36 @@ def divergences(
     Yields:
         The divergence KL(full | slots) summed over the chunk's compared tokens and the batch, in nats, and how many.
     """
-    for inside, log_probabilities in _compared(model, ids, cache, teacher):
+    for inside, log_probabilities in _read(model, ids, cache, teacher.compared):
         theirs = teacher.log_probabilities[:, inside]
         yield (theirs.exp() * (theirs - log_probabilities)).sum(), theirs.shape[0] * len(inside)
 
 
 def next_token_losses(
-    model: PreTrainedModel, ids: Tensor, cache: SlotCache, teacher: Teacher
+    model: PreTrainedModel, ids: Tensor, cache: SlotCache, compared: Tensor
 ) -> Iterator[tuple[Tensor, int]]:
     """Read a window in slots, and yield after each chunk how ill it foresaw the text, as `divergences` does.
 
-    Tokens at chunk boundaries are foreseen, too.
+    The tokens after `compared` are foreseen, those at chunk boundaries included.
     """
-    for inside, log_probabilities in _compared(model, ids, cache, teacher):
-        targets = ids[:, teacher.compared[inside] + 1]
+    for inside, log_probabilities in _read(model, ids, cache, compared):
+        targets = ids[:, compared[inside] + 1]
         yield -log_probabilities.gather(2, targets[..., None]).sum(), targets.numel()
 
 
-def _compared(
-    model: PreTrainedModel, ids: Tensor, cache: SlotCache, teacher: Teacher
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Read a window in slots; yield per chunk which compared tokens it holds, and their log-probabilities (b k v)."""
+def _read(model: PreTrainedModel, ids: Tensor, cache: SlotCache, compared: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Read a window in slots; yield per chunk which of the compared tokens it holds, and their predictions (b k v)."""
     start = 0
     while start < ids.shape[1]:
         stop = min(start + cache.room(), ids.shape[1])
-        inside = ((teacher.compared >= start) & (teacher.compared < stop)).nonzero()[:, 0]
+        inside = ((compared >= start) & (compared < stop)).nonzero()[:, 0]
         # Before the first compression there is nothing to learn from.
         with torch.set_grad_enabled(len(inside) > 0 and torch.is_grad_enabled()):
             output = model(
                 input_ids=ids[:, start:stop],
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=teacher.compared[inside] - start,
+                logits_to_keep=compared[inside] - start,
             )
         if len(inside):
             yield inside, output.logits.float().log_softmax(-1)

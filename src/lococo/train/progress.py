@@ -40,13 +40,12 @@ def steps(total: int, logs: Path | None) -> Iterator[tuple[Callable[[str], None]
         task = bar.add_task("", total=total, figures="")
 
         def after_step(row: Row) -> None:
-            figures = f"{row['num_slots']} slots: loss {row['loss']:.4f}, lost {row['lost_mass']:.4f}"
+            figures = f"{row['num_slots']} slots: loss {row['loss']:.4f}"
             bar.update(task, completed=row["step"], figures=f"{figures}, {row['tokens_per_second']:,.0f} tokens/s")
             if bar.disable and row["step"] % LINE_EVERY == 0:
                 console.print(f"step {row['step']} of {total}, {figures}, {row['tokens_per_second']:,.0f} tokens/s")
             if writer is not None:
-                for name in ("loss", "lost_mass"):
-                    writer.add_scalar(f"{name}/{row['num_slots']}", row[name], row["step"])
+                writer.add_scalar(f"loss/{row['num_slots']}", row["loss"], row["step"])
 
         try:
             yield console.print, after_step

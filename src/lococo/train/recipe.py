@@ -21,7 +21,9 @@ class Recipe:
         norms_learning_rate: Of the norms' changes.
         width: Channels of the convolutions.
         kernel_size: Entries that a convolution sees, odd.
-        learned_scores: Let the heads correct which entries stay.
+        learned_scores: Let the heads correct which entries stay, fitted before the first step.
+        score_windows: Windows that scores are fitted to.
+        score_epochs: Times that they are fitted to each.
         learned_merge: Let the heads correct weights and masses of the merge.
         train_norms: Let the model's norms change by a little while it reads slots.
         calibrate_at: Numbers of slots at which the layers' shares are measured before training; none: uniform.
@@ -41,6 +43,8 @@ class Recipe:
     width: int = 16
     kernel_size: int = 5
     learned_scores: bool = True
+    score_windows: int = 48
+    score_epochs: int = 8
     learned_merge: bool = True
     train_norms: bool = True
     calibrate_at: tuple[int, ...] = (64,)

@@ -10,11 +10,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lococo.budgets import calibration_weights
 from lococo.compressors.heads import save_heads
+from lococo.compressors.learned import LearnedHeads
 from lococo.errors import DocumentError
 from lococo.facts import ModelFacts
 from lococo.train.data import Corpus, Document, local_corpus, split
 from lococo.train.loop import Training, heads_in, new_heads
 from lococo.train.recipe import Recipe
+from lococo.train.scores import Example, collect, fit
 
 Row = dict[str, Any]
 
@@ -66,7 +68,11 @@ def train(
         for num_slots in recipe.calibrate_at:
             say(f"measuring the layers' shares of {num_slots} slots")
             budgets[num_slots] = _weights(model, corpus, recipe, num_slots)
-        training = Training(model, new_heads(model, recipe, budgets), corpus, recipe)
+        heads = new_heads(model, recipe, budgets)
+        if recipe.learned_scores:
+            _fit_scores(model, heads, corpus, recipe, say)
+        training = Training(model, heads, corpus, recipe)
+        training.save(checkpoint)
 
     def kept(row: Row) -> None:
         after_step(row)
@@ -97,6 +103,26 @@ def standard_library(tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus
         raise DocumentError(f"Python's standard library is not at {folder}; name a folder of text with --data")
     domains = {"code": [d for d in documents if d.file != topics], "prose": [d for d in documents if d.file == topics]}
     return split(domains, tokenizer, held_out=0.05)
+
+
+def _fit_scores(
+    model: PreTrainedModel, heads: LearnedHeads, corpus: Corpus, recipe: Recipe, say: Callable[[str], None]
+) -> None:
+    """Fit the scores to windows of their own, read with heads that do not correct them yet."""
+    say(f"reading {recipe.score_windows} windows to fit scores to")
+    examples: dict[int, list[Example]] = {}
+    for number in range(recipe.score_windows):
+        num_slots = recipe.num_slots[number % len(recipe.num_slots)]
+        least = num_slots + 2 * recipe.chunk_size
+        ids = torch.tensor([corpus.window(recipe.seed + 2, number, length=recipe.length, least=least)])
+        taken = collect(
+            model, heads, ids.to(model.device), num_slots=num_slots, chunk_size=recipe.chunk_size, window=number
+        )
+        for layer_idx, more in taken.items():
+            examples.setdefault(layer_idx, []).extend(more)
+    before, after = zip(*fit(heads, examples, epochs=recipe.score_epochs, seed=recipe.seed).values(), strict=True)
+    means = [sum(figures) / len(figures) for figures in (before, after)]
+    say(f"future attention lost to what goes, held out: {means[0]:.2%} before, {means[1]:.2%} after")
 
 
 def _weights(model: PreTrainedModel, corpus: Corpus, recipe: Recipe, num_slots: int) -> list[float]:

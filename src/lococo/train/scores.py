@@ -6,7 +6,7 @@ them. Then each layer's net is fitted alone, over and over, which costs next to 
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,8 @@ from lococo.attachment import attach
 from lococo.cache import SlotCache
 from lococo.compressors.learned import LearnedHeads, Net, content_of, facts_of
 from lococo.entries import Entries
-from lococo.train.losses import Retention, divergences, retention_loss, teach
+from lococo.reader import prefill
+from lococo.train.losses import future_mass, retention_loss, teach
 
 BATCH = 8
 
@@ -61,15 +62,13 @@ def collect(
         window: Its number.
     """
     examples: dict[int, list[Example]] = {layer_idx: [] for layer_idx in heads.form.layers}
-    nothing = torch.zeros(0, dtype=torch.long, device=ids.device)
     with attach(model, heads, num_slots=num_slots, chunk_size=chunk_size) as slots:
-        teacher = teach(slots, model, ids, nothing)
+        teacher = teach(slots, model, ids, torch.zeros(0, dtype=torch.long, device=ids.device))
         cache = slots.new_cache()
         assert isinstance(cache, SlotCache)
-        retention = Retention(teacher, cache)
 
-        def take(layer_idx: int, entries: Entries, scores: Tensor, kept: int) -> None:
-            mass = retention.future_mass(layer_idx, entries)
+        def take(layer_idx: int, entries: Entries, kept: int) -> None:
+            mass = future_mass(teacher, layer_idx, entries, seen=cache.rows.tokens[0], chunk_size=chunk_size)
             if mass is None:
                 return
             prior = entries.future_mass.clamp(min=1e-9)
@@ -77,12 +76,11 @@ def collect(
             parts = zip(content.cpu(), facts.cpu(), prior.log().cpu(), mass.cpu(), strict=True)
             examples[layer_idx] += [Example(c, f, p, m, kept, window) for c, f, p, m in parts]
 
-        heads.on_scores = take
+        heads.on_compress = take
         try:
-            for _ in divergences(model, ids, cache, teacher):
-                pass
+            prefill(model, ids, cache)
         finally:
-            heads.on_scores = None
+            heads.on_compress = None
     return examples
 
 
@@ -93,8 +91,7 @@ def fit(
     epochs: int = 10,
     learning_rate: float = 5e-3,
     seed: int = 0,
-    progress: Callable[[int, float, float], None] | None = None,
-) -> None:
+) -> dict[int, tuple[float, float]]:
     """Fit every layer's scores; a layer whose held-out examples get worse by it keeps what it had.
 
     Args:
@@ -103,8 +100,11 @@ def fit(
         epochs: Times that each example is seen.
         learning_rate: Of Adam, at the beginning; it falls to 0.
         seed: Of the order.
-        progress: Called after each layer with its index and the share of future attention that went, before and after.
+
+    Returns:
+        By layer, the share of future attention that goes, held out, before and after.
     """
+    lost = {}
     for layer_idx, own in examples.items():
         net = heads.scorers[str(layer_idx)]
         assert isinstance(net, Net)
@@ -117,8 +117,8 @@ def fit(
         after = lost_mass(net, test)
         if after > before:
             net.load_state_dict(kept)
-        if progress is not None:
-            progress(layer_idx, before, after)
+        lost[layer_idx] = (before, min(before, after))
+    return lost
 
 
 def _fit_layer(net: Net, examples: list[Example], epochs: int, learning_rate: float, draw: random.Random) -> None:

@@ -113,7 +113,9 @@ class TestHelp:
     def test_the_first_page_lists_every_verb(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["--help"]) == 0
         page = capsys.readouterr().out
-        assert page.startswith("usage: lococo [-h] [--version] {demo,run,compress,ask,chat,inspect,eval,bench} ...")
+        assert page.startswith(
+            "usage: lococo [-h] [--version] {demo,run,compress,ask,chat,inspect,train,eval,bench} ..."
+        )
         assert "  eval perplexity   Measure what compression costs" in page
 
     def test_no_words_are_help(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,7 +124,7 @@ class TestHelp:
 
     def test_a_group_lists_its_verbs(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["eval"]) == 0
-        assert capsys.readouterr().out.startswith("usage: lococo eval [-h] {perplexity} ...")
+        assert capsys.readouterr().out.startswith("usage: lococo eval [-h] {perplexity,needle} ...")
 
     @pytest.mark.parametrize("verb", cli.VERBS)
     def test_every_flag_is_explained(self, verb: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +132,7 @@ class TestHelp:
         page = " ".join(capsys.readouterr().out.split())
         flags = [name.replace("_", "-") for name in cli.flag_names(cli.VERBS[verb])]
         for flag in flags:
-            assert re.search(rf"--{flag}( [A-Z{{][^ ]*)?( \[[A-Z]+ \.\.\.\])? [A-Z0-9a-z]", page), flag
+            assert re.search(rf"--{flag}(, --no-{flag})?( [A-Z{{][^ ]*)?( \[[A-Z]+ \.\.\.\])? [A-Z0-9a-z]", page), flag
 
     @pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["eval", "perplexity", "--help"], ["--version"]])
     def test_help_never_imports_torch(self, words: list[str]) -> None:
@@ -645,6 +647,68 @@ class TestPerplexity:
     def test_no_such_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         words = self.words(tmp_path / "none", tmp_path / "out.jsonl", "/no/model")
         assert "no such folder; expected one with a subfolder per domain" in refused(words, capsys)
+
+
+class TestTrain:
+    WORDS = ("--num-slots", "24", "40", "--chunk-size", "16", "--length", "120", "--steps", "2", "--accumulate", "1")
+
+    @pytest.fixture
+    def data(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "texts" / "prose"
+        folder.mkdir(parents=True)
+        for number in range(3):
+            (folder / f"{number}.txt").write_text(f"{number} " + WORDS * 5, encoding="utf-8")
+        return tmp_path / "texts"
+
+    def test_trained_heads_read(
+        self, tiny: str, data: Path, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        heads = tmp_path / "heads"
+        flags = ["--data", str(data), "-o", str(heads), "--model", tiny, *self.WORDS, "--score-windows", "3", "--json"]
+        assert cli.main(["train", *flags, "--calibrate-at", "24"]) == 0
+        said = capsys.readouterr()
+        figures = json.loads(said.out)
+        assert figures["held_out"].keys() == {"24", "40"}
+        assert figures == json.loads((heads / "config.json").read_text())["training"]
+        assert "24 slots: " in said.err
+        words = ["run", str(book), "--ask", "Who?", "--model", tiny, "--max-new-tokens", "3", "--json"]
+        assert cli.main([*words, "--compressor", str(heads), "--num-slots", "30", "--chunk-size", "16"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert (result["compressor"], result["num_slots"]) == (str(heads), 30)
+        assert "holds heads already" in refused(["train", *flags], capsys)
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (["--data", "nowhere"], "--data nowhere: no such folder"),
+            (["--data", "EMPTY"], "expected text to train on"),
+            (["--data", "SHORT"], "found hardly any; train with fewer slots"),
+            (["--data", "DATA", "--kernel-size", "4"], "expected an odd kernel_size, got 4"),
+            (["--data", "DATA", "--length", "40"], "windows of 40 tokens are not compressed in 40 slots"),
+            (["--data", "DATA", "--steps", "0"], "at least one number of slots, one step and one window"),
+            (["--data", "DATA", "--save-every", "0"], "--save-every must be at least 1"),
+            (["--data", "DATA", "--no-learned-merge", "--no-train-norms"], "nothing is left to train but scores"),
+        ],
+    )
+    def test_bad_input(
+        self,
+        tiny: str,
+        data: Path,
+        tmp_path: Path,
+        words: list[str],
+        message: str,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "short").mkdir()
+        (tmp_path / "short" / "a.txt").write_text("few words")
+        places = {"DATA": str(data), "EMPTY": str(tmp_path / "empty"), "SHORT": str(tmp_path / "short")}
+        words = [places.get(word, word) for word in words]
+        few = ["--score-windows", "1", "--calibrate-at"]
+        assert message in refused(
+            ["train", "-o", str(tmp_path / "out"), "--model", tiny, *self.WORDS, *few, *words], capsys
+        )
+        assert not (tmp_path / "out" / "config.json").exists()
 
 
 class TestText:

@@ -36,12 +36,14 @@ SHORT = {"output": "-o"}
 METAVARS = {
     "json": "FILE",
     "picture": "FILE",
-    "output": "FILE",
+    "output": "PATH",
     "data": "DIR",
     "compressor": "NAME",
     "model": "NAME",
     "lengths": "N",
+    "logs": "DIR",
 }
+NUMBERS = (int, int | None, float, tuple[int, ...])
 
 USAGE_ERROR = 2
 INTERRUPTED = 130  # as a shell reports SIGINT
@@ -190,15 +192,15 @@ def _add_flag(parser: Any, name: str, kind: Any, default: Any, helps: dict[str, 
         parser.add_argument(*names, action="store_true", **settings)
         return
     if kind in (list[str], list[int], tuple[int, ...]):
-        settings.update(nargs="*" if default == () else "+", type=kind.__args__[0])
+        settings.update(nargs="*" if isinstance(default, tuple) else "+", type=kind.__args__[0])
     else:
         settings.update(type=kind)
     if "Literal" not in str(kind):
-        settings["metavar"] = METAVARS.get(name, "N" if kind in (int, int | None) else name.upper())
+        settings["metavar"] = METAVARS.get(name, "N" if kind in NUMBERS else name.upper())
     if default is inspect.Parameter.empty:
         settings["required"] = True
     else:
-        settings["default"] = default
+        settings["default"] = list(default) if isinstance(default, tuple) else default
     parser.add_argument(*names, **settings)
 
 

@@ -94,8 +94,6 @@ class Training:
         self.step = 0
         # Scores are fitted apart, see `scores`.
         named = {name: p for name, p in heads.named_parameters() if not name.startswith("scorers.")}
-        if not named:
-            raise ArgumentError("these heads have nothing to train but scores; switch on the merge or norms")
         self.trained = list(named.values())
         norms = [p for name, p in named.items() if name.startswith("norms.")]
         others = [p for name, p in named.items() if not name.startswith("norms.")]

@@ -64,3 +64,5 @@ class Recipe:
             )
         if self.kernel_size % 2 == 0:
             raise ArgumentError(f"expected an odd kernel_size, got {self.kernel_size}")
+        if not self.learned_merge and not self.train_norms:
+            raise ArgumentError("nothing is left to train but scores; switch on learned_merge or train_norms")

@@ -57,6 +57,8 @@ def train(
         What is written into the heads' config: recipe, tokens, seconds and the held-out figures before and after.
     """
     corpus, held_out = standard_library(tokenizer) if data is None else local_corpus(data, tokenizer)
+    # Documents that are too short are refused now, not after an hour.
+    corpus.window(recipe.seed, 0, length=recipe.length, least=max(recipe.num_slots) + 2 * recipe.chunk_size)
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = output / CHECKPOINT
     if checkpoint.exists():

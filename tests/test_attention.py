@@ -65,8 +65,9 @@ def test_half_precision_reads_the_same_text():
     assert cache.slot_layers[0].log_mass.dtype == torch.float32
     similarity = torch.nn.functional.cosine_similarity(logits.float(), exact, -1)[0]
     assert similarity[:56].min() > 0.99
-    # After a compression rounding may choose other slots, of which a random model makes much; where it has no choice
-    # the results stay together.
+    # After a compression rounding may choose other slots, of which a random model makes much.
+    assert similarity[56:].mean() > 0.7
+    # Where rounding has no choice the results stay together.
     outputs = []
     for one in (model, half):
         with lococo.attach(one, "streaming-llm", num_slots=40, chunk_size=16) as slots:

@@ -664,7 +664,19 @@ class TestTrain:
         self, tiny: str, data: Path, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         heads = tmp_path / "heads"
-        flags = ["--data", str(data), "-o", str(heads), "--model", tiny, *self.WORDS, "--score-windows", "3", "--json"]
+        flags = [
+            "--data",
+            str(data),
+            "-o",
+            str(heads),
+            "--model",
+            tiny,
+            *self.WORDS,
+            "--learned-scores",
+            "--score-windows",
+            "3",
+            "--json",
+        ]
         assert cli.main(["train", *flags, "--calibrate-at", "24"]) == 0
         said = capsys.readouterr()
         figures = json.loads(said.out)

@@ -101,7 +101,7 @@ def test_a_whole_training_gives_heads_that_load(tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text(CORPUS)
     trained = training(tmp_path, steps=2)
-    recipe = Recipe(**RECIPE | {"steps": 4, "calibrate_at": (24,), "score_windows": 4})
+    recipe = Recipe(**RECIPE | {"steps": 4, "calibrate_at": (24,), "score_windows": 4, "learned_scores": True})
     said = []
     arguments = {"data": tmp_path / "text", "say": said.append}
 

@@ -21,7 +21,8 @@ class Recipe:
         norms_learning_rate: Of the norms' changes.
         width: Channels of the convolutions.
         kernel_size: Entries that a convolution sees, odd.
-        learned_scores: Let the heads correct which entries stay, fitted before the first step.
+        learned_scores: Let the heads correct which entries stay, fitted before the first step. Off, since it
+            made things worse (docs/log.md).
         score_windows: Windows that scores are fitted to.
         score_epochs: Times that they are fitted to each.
         learned_merge: Let the heads correct weights and masses of the merge.
@@ -42,7 +43,7 @@ class Recipe:
     norms_learning_rate: float = 1e-3
     width: int = 16
     kernel_size: int = 5
-    learned_scores: bool = True
+    learned_scores: bool = False
     score_windows: int = 48
     score_epochs: int = 8
     learned_merge: bool = True

@@ -79,6 +79,7 @@ def test_every_objective_reaches_every_part(tmp_path, objective, compressions):
     before = weights(trained)
     trained.run(lambda row: None)
     moved = {name.split(".")[0] for name, tensor in weights(trained).items() if not torch.equal(tensor, before[name])}
+    assert all(loss > 0 for loss in trained.evaluate(trained.corpus, 1).values())
     assert moved == {"mergers", "norms"}  # scores are fitted apart
 
 

@@ -169,7 +169,7 @@ class Training:
         for loss, _ in losses:
             total += loss.item() / count
             waiting, chunks = waiting + loss * weight, chunks + 1
-            if chunks == self.recipe.compressions:
+            if chunks == self.recipe.compressions and waiting.requires_grad:
                 self._scaled(waiting).backward()
                 cache.detach()
                 waiting, chunks = torch.zeros_like(waiting), 0

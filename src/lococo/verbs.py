@@ -17,6 +17,8 @@ from lococo.train.recipe import Recipe
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 CONTEXT = "a context that `lococo compress` wrote"
 
 
@@ -215,17 +217,11 @@ def eval_perplexity(
     check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, max_length=max_length)
     if max_windows is not None:
         check_at_least_one(max_windows=max_windows)
-    if not Path(data).expanduser().is_dir():
-        raise ArgumentError(f"--data {data}: no such folder; expected one with a subfolder per domain")
-    target = Path(json).expanduser()
-    check_output(target, force=True)
+    target = _checked(data, json)
     from lococo.eval import perplexity
-    from lococo.models import load_model
     from lococo.progress import counting
 
-    loaded, tokenizer = load_model(
-        model.model, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code
-    )
+    loaded, tokenizer = _loaded(model)
     with rows_file(target) as report, counting("windows") as progress:
         rows = perplexity.evaluate(
             loaded,
@@ -274,20 +270,14 @@ def eval_needle(
         model: Which model reads.
     """
     check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, trials=trials, lengths=min(lengths))
-    if not Path(data).expanduser().is_dir():
-        raise ArgumentError(f"--data {data}: no such folder; expected one with a subfolder per domain")
-    target = Path(json).expanduser()
-    check_output(target, force=True)
+    target = _checked(data, json)
     from rich.console import Console
 
     from lococo.eval import needle
     from lococo.eval.tables import accuracy_table
-    from lococo.models import load_model
     from lococo.progress import counting
 
-    loaded, tokenizer = load_model(
-        model.model, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code
-    )
+    loaded, tokenizer = _loaded(model)
     with rows_file(target) as report, counting("trials") as progress:
         rows = needle.evaluate(
             loaded,
@@ -335,13 +325,10 @@ def train(
         raise ArgumentError(f"--output {output} is a file; name a folder")
     if (target / "config.json").exists():
         raise ArgumentError(f"--output {output} holds heads already; name another folder, or delete them")
-    from lococo.models import load_model
     from lococo.train.progress import steps
     from lococo.train.run import train as run_training
 
-    loaded, tokenizer = load_model(
-        model.model, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code
-    )
+    loaded, tokenizer = _loaded(model)
     with steps(recipe.steps, None if logs is None else Path(logs).expanduser()) as (say, after_step):
         figures = run_training(
             loaded,
@@ -421,6 +408,21 @@ def bench(
 def _shifted(progress: "Callable[[int, int], None]", before: int, total: int, done: int) -> None:
     """Report what is done of one length as part of all lengths."""
     progress(before + done, total)
+
+
+def _checked(data: str, json: str) -> Path:
+    """Refuse a folder of texts that is not there, and a file that cannot be written; return the latter."""
+    if not Path(data).expanduser().is_dir():
+        raise ArgumentError(f"--data {data}: no such folder; expected one with a subfolder per domain")
+    target = Path(json).expanduser()
+    check_output(target, force=True)
+    return target
+
+
+def _loaded(model: ModelOptions) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    from lococo.models import load_model
+
+    return load_model(model.model, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code)
 
 
 def _human(json: bool) -> TextIO:

@@ -511,6 +511,13 @@ class TestChat:
         assert said.startswith(start)
         assert "<|end|>\n<|start|>user\nBye!<|end|>\n<|start|>assistant\n" in said[len(start) :]
 
+    def test_piped_lines_with_a_stray_byte_are_all_answered(
+        self, tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"one\nt\xffo\n/stats\n"), encoding="utf-8"))
+        assert cli.main(["chat", "--max-new-tokens", "2", "--model", tiny, *SLOTS]) == 0
+        assert "tokens" in capsys.readouterr().out
+
     def test_it_begins_from_a_context(
         self, tiny: str, context: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:

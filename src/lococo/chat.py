@@ -23,6 +23,8 @@ def talk(session: Session, cache: Cache, how: AnswerOptions, *, after: str) -> N
         how: How answers are written.
         after: What the cache holds: "document" or "opening" (nothing), see `Prompt.question_ids`.
     """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a stray byte must not end a conversation
     if sys.stdin.isatty():
         print("Type a message; /stats shows the figures, /quit or Ctrl-D leaves, Ctrl-C stops an answer.")
     while (line := _next_line()) is not None:
@@ -40,8 +42,6 @@ def _next_line() -> str | None:
     if sys.stdin.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # gives input() line editing and a history
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # a stray byte must not end a conversation
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except EOFError:

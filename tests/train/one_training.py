@@ -34,15 +34,15 @@ class Letters:
         return {"input_ids": [ord(letter) % VOCABULARY for letter in text]}
 
 
-def training(folder, *, heads=None, **options):
-    """Prepare a training on one file."""
+def training(folder, *, resumed=None, model=None, **options):
+    """Prepare a training on one file, of a Llama by default."""
     file = folder / "text.txt"
     file.write_text(CORPUS)
     set_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    model = model or LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
     recipe = Recipe(**RECIPE | options)
     corpus = Corpus({"": [Document(file, 0, len(CORPUS))]}, Letters())
-    return Training(model, heads or new_heads(model, recipe), corpus, recipe)
+    return Training(model, resumed or new_heads(model, recipe), corpus, recipe)
 
 
 if __name__ == "__main__":

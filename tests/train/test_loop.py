@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from families import tiny
 from one_training import CORPUS, RECIPE, training
 
+import lococo
 from lococo.compressors.heads import load_heads
 from lococo.errors import ArgumentError, DocumentError, FileFormatError, TrainingError
 from lococo.train.loop import heads_in
@@ -50,7 +52,7 @@ def test_a_resumed_training_ends_with_the_same_weights(tmp_path, stopped_after):
 
     with pytest.raises(KilledError):
         killed.run(kill)
-    resumed = training(tmp_path, steps=6, heads=heads_in(tmp_path / "checkpoint.safetensors"))
+    resumed = training(tmp_path, steps=6, resumed=heads_in(tmp_path / "checkpoint.safetensors"))
     resumed.load(tmp_path / "checkpoint.safetensors")
     assert resumed.step == stopped_after
     resumed.run(lambda row: None)
@@ -81,6 +83,49 @@ def test_every_objective_reaches_every_part(tmp_path, objective, compressions):
     moved = {name.split(".")[0] for name, tensor in weights(trained).items() if not torch.equal(tensor, before[name])}
     assert all(loss > 0 for loss in trained.evaluate(trained.corpus, 1).values())
     assert moved == {"mergers", "norms"}  # scores are fitted apart
+
+
+def test_attention_matching_lowers_its_error_and_leaves_norms_alone(tmp_path):
+    trained = training(tmp_path, steps=12, objective="attention", learning_rate=1e-2)
+    losses = trained.evaluate(trained.corpus, 4)
+    trained.run(lambda row: None)
+    better = trained.evaluate(trained.corpus, 4)
+    assert all(better[num_slots] < losses[num_slots] for num_slots in ("24", "40"))
+    assert not trained.heads.norms.delta.any()
+
+
+PAPER = {"heads": "lococo-paper", "objective": "next-token", "num_slots": (24,), "compressions": 1, "warm_up": 0}
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.5])
+def test_the_papers_heads_train_in_the_same_loop(tmp_path, mix):
+    trained = training(tmp_path, steps=3, mix=mix, learning_rate=5e-2, **PAPER)
+    before = weights(trained)
+    trained.run(lambda row: None)
+    trained.save(tmp_path / "checkpoint.safetensors")
+    after = weights(trained)
+    assert all(after[f"mix.{layer}"] != before[f"mix.{layer}"] for layer in range(4))
+    again = heads_in(tmp_path / "checkpoint.safetensors")
+    assert again.settings == trained.heads.settings
+
+
+def test_the_papers_heads_start_as_eviction(tmp_path):
+    trained = training(tmp_path, steps=1, **PAPER)
+    with lococo.attach(trained.model, "chunk-mass", num_slots=24, chunk_size=16) as slots:
+        ids = trained._ids(trained.corpus, 0, 0, 24)
+        with torch.no_grad():
+            evicted = trained.model(ids, past_key_values=slots.new_cache()).logits
+    with lococo.attach(trained.model, trained.compressor, num_slots=24, chunk_size=16) as slots, torch.no_grad():
+        assert torch.equal(trained.model(ids, past_key_values=slots.new_cache()).logits, evicted)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
+def test_another_architecture_trains_by_the_same_recipe(tmp_path, family):
+    trained = training(tmp_path, steps=3, learned_scores=True, model=deepcopy(tiny(family)))
+    before = trained.evaluate(trained.corpus, 4)
+    trained.run(lambda row: None)
+    after = trained.evaluate(trained.corpus, 4)
+    assert all(after[num_slots] < before[num_slots] for num_slots in before)
 
 
 def test_two_processes_train_as_one_with_accumulation(tmp_path):
@@ -125,9 +170,9 @@ def test_a_whole_training_gives_heads_that_load(tmp_path):
         )
     assert (tmp_path / "heads" / CHECKPOINT).exists()
     figures = train(trained.model, trained.corpus.tokenizer, recipe, tmp_path / "heads", save_every=2, **arguments)
-    assert said[:2] == ["measuring the layers' shares of 24 slots", "reading 4 windows to fit scores to"]
-    assert "future attention lost to what goes, held out: " in said[2]
-    assert said[3:] == ["going on after step 2 of 4"]
+    assert said[:2] == ["measuring the layers' shares of 24 slots", "going on after step 2 of 4"]
+    assert said[2] == "reading 4 windows to fit scores to"
+    assert "future attention lost to what goes, held out: " in said[3]
     assert sorted(path.name for path in (tmp_path / "heads").iterdir()) == ["config.json", "model.safetensors"]
     _, heads = load_heads(tmp_path / "heads", dict.fromkeys(range(4), 24), 12)
     assert sum(heads.slots_per_layer(24)) == 96
@@ -167,6 +212,10 @@ def test_recipes_that_cannot_be():
         Recipe(length=500)
     with pytest.raises(ArgumentError, match="an odd kernel_size"):
         Recipe(kernel_size=4)
+    with pytest.raises(ArgumentError, match="nothing is left to train"):
+        Recipe(objective="attention", learned_merge=False)
+    with pytest.raises(ArgumentError, match="one number in num_slots"):
+        Recipe(heads="lococo-paper")
 
 
 def test_a_corpus_without_windows(tmp_path):

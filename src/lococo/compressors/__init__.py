@@ -9,7 +9,7 @@ from torch import nn
 
 from lococo.compressors import selections
 from lococo.compressors.base import Compressor, Drop, Merge, Selection, SelectMerge
-from lococo.compressors.heads import load_heads, shipped_heads
+from lococo.compressors.heads import Heads, load_heads, shipped_heads
 from lococo.compressors.learned import LearnedHeads
 from lococo.compressors.mass_merge import MassMerge
 from lococo.compressors.paper import PaperHeads
@@ -107,13 +107,18 @@ def _shipped(shape: Shape) -> Path:
 def _saved(folder: Path, name: str, shape: Shape) -> Compressor:
     """Make a compressor of heads on disk."""
     selection, heads = load_heads(folder, shape.slots_per_layer, shape.head_dim, shape.facts)
-    if isinstance(heads, LearnedHeads):
-        heads.name = name
-        return heads
     if selection not in SELECTIONS:
         raise FileFormatError(
             f"{folder} was trained with the selection {selection!r}, which is none of {', '.join(SELECTIONS)}"
         )
+    return of_heads(heads, name, selection)
+
+
+def of_heads(heads: Heads, name: str, selection: str = PAIRS[PaperHeads.kind][0]) -> Compressor:
+    """Return heads as a compressor; a selection decides what stays for those that only merge."""
+    if isinstance(heads, LearnedHeads):
+        heads.name = name
+        return heads
     return SelectMerge(name, SELECTIONS[selection], heads)
 
 

@@ -1,9 +1,9 @@
 """Our heads: small convolutions over the temporal order of entries that correct what look-ahead sees.
 
 Look-ahead mass and merging by mass are where they start from, and with weights of zero they are exactly
-`mass-merge`. Two nets per layer look at each entry and its neighbours: one corrects the entry's score, by which it
-stays or goes; the other how much it weighs when values are merged and how much attention its slot asks for. Nothing
-depends on the number of slots, so one set serves any.
+`mass-merge`. Two nets per layer look at each entry and its neighbours: one raises the mass of entries that somebody may
+ask for much later, which the last queries cannot know; the other corrects how much an entry weighs when values are
+merged and how much attention its slot asks for. Nothing depends on the number of slots, so one set serves any.
 """
 
 import math
@@ -25,7 +25,10 @@ RECENT = 16
 # Numbers about an entry that the nets see besides its key and value; see `facts_of`.
 FACTS = 7
 
-OnCompress = Callable[[int, Entries, int], None]
+# Where a scorer's softplus starts: nearly flat, so that entries which nobody asks for keep the mass they have.
+BONUS_START = -4.0
+
+OnCompress = Callable[[int, Entries, int], Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class HeadSettings:
         head_dim: Size of a key.
         width: Channels of the convolutions.
         kernel_size: Entries that a convolution sees, odd.
-        learned_scores: Correct the scores.
+        learned_scores: Raise the mass of what may be asked for later.
         learned_merge: Correct weights and masses of the merge.
         norms: Names of the norms that are changed along, () for a frozen model.
         hidden_size: What those norms put out.
@@ -94,7 +97,8 @@ class LearnedHeads(nn.Module):
         self.scorers = nn.ModuleDict({layer: Net(form, 1) for layer in layers if form.learned_scores})
         self.mergers = nn.ModuleDict({layer: Net(form, 2) for layer in layers if form.learned_merge})
         self.norms = NormDeltas(list(form.norms), form.hidden_size) if form.norms else None
-        # Shown every layer's entries, and how many stay, before they are compressed.
+        # Shown every layer's entries, and how many stay, before they are compressed; what it returns, (b h s), is the
+        # least mass that they have.
         self.on_compress: OnCompress | None = None
 
     @property
@@ -127,14 +131,14 @@ class LearnedHeads(nn.Module):
 
     def compress(self, entries: Entries, num_slots: int, layer_idx: int) -> Entries:
         """Keep the `num_slots` entries that later queries will attend to most, and merge the others into them."""
-        if self.on_compress is not None:
-            self.on_compress(layer_idx, entries, num_slots)
+        least = None if self.on_compress is None else self.on_compress(layer_idx, entries, num_slots)
         mass = entries.future_mass.clamp(min=1e-9)
         content, facts = content_of(entries), facts_of(entries, mass)
-        scores = mass.log()
         if self.form.learned_scores:
-            scores = scores + self.scorers[str(layer_idx)](content, facts)[0]
-        scores = scores.detach().clone()  # which entries stay is no smooth choice
+            mass = raised(mass, self.scorers[str(layer_idx)](content, facts)[0])
+        if least is not None:
+            mass = mass.maximum(least)
+        scores = mass.detach().clone()  # which entries stay is no smooth choice
         scores[..., len(entries) - RECENT :] = torch.inf
         kept = scores.topk(num_slots, sorted=False).indices.sort().values
         if not self.form.learned_merge:
@@ -152,6 +156,13 @@ class LearnedHeads(nn.Module):
         share = 0.0 if above == below else math.log(num_slots / below) / math.log(above / below)
         pairs = zip(self.form.budgets[below], self.form.budgets[above], strict=True)
         return [low ** (1 - share) * high**share for low, high in pairs]
+
+
+def raised(mass: Tensor, bonus: Tensor) -> Tensor:
+    """Add to the mass of entries, (b h s), what a scorer says, in units of the mean; nothing where it says 0."""
+    start = nn.functional.softplus(bonus.new_tensor(BONUS_START))
+    more = nn.functional.softplus(bonus + BONUS_START) - start
+    return (mass + mass.mean(-1, keepdim=True) * more).clamp(min=1e-9)
 
 
 def content_of(entries: Entries) -> Tensor:

@@ -17,29 +17,38 @@ from transformers import PreTrainedModel
 
 from lococo.attachment import Attachment, attach, slot_layer_indices
 from lococo.cache import SlotCache
-from lococo.compressors.heads import write_atomically
+from lococo.compressors import of_heads
+from lococo.compressors.heads import KINDS, Heads, write_atomically
 from lococo.compressors.learned import HeadSettings, LearnedHeads
+from lococo.compressors.paper import PaperHeads
 from lococo.errors import ArgumentError, FileFormatError, TrainingError
 from lococo.facts import ModelFacts, weights_fingerprint
 from lococo.norms import norm_names
 from lococo.train.data import Corpus
 from lococo.train.losses import divergences, next_token_losses, teach
+from lococo.train.matching import attention_errors
 from lococo.train.recipe import Recipe
 
 Row = dict[str, Any]
 
-# Steps over which the learning rate rises.
-WARM_UP = 5
-
-
-def new_heads(model: PreTrainedModel, recipe: Recipe, budgets: dict[int, list[float]] | None = None) -> LearnedHeads:
-    """Make untrained heads for a model; they compress as "mass-merge" does."""
+def new_heads(model: PreTrainedModel, recipe: Recipe, budgets: dict[int, list[float]] | None = None) -> Heads:
+    """Make untrained heads for a model; they compress as "mass-merge" does, the paper's as "chunk-mass"."""
     facts = ModelFacts.of(model)
+    layers = slot_layer_indices(model)
     decoder = cast(PreTrainedModel, model.base_model)
     torch.manual_seed(recipe.seed)
+    if recipe.heads == PaperHeads.kind:
+        return PaperHeads(
+            dict.fromkeys(layers, recipe.num_slots[0]),
+            facts.head_dim,
+            kernel_size=recipe.kernel_size,
+            heavy_share=recipe.heavy_share,
+            mix=recipe.mix,
+            unrotated=recipe.unrotated,
+        )
     return LearnedHeads(
         HeadSettings(
-            layers=slot_layer_indices(model),
+            layers=layers,
             num_key_value_heads=facts.num_key_value_heads,
             head_dim=facts.head_dim,
             width=recipe.width,
@@ -53,14 +62,14 @@ def new_heads(model: PreTrainedModel, recipe: Recipe, budgets: dict[int, list[fl
     )
 
 
-def heads_in(file: Path) -> LearnedHeads:
+def heads_in(file: Path) -> Heads:
     """Make heads of the settings that a checkpoint keeps; `Training.load` fills them.
 
     Raises:
         FileFormatError: If the file is damaged.
     """
     header, _ = _read(file)
-    return LearnedHeads.of_settings(json.loads(header["heads"]))
+    return KINDS[header["kind"]].of_settings(json.loads(header["heads"]))
 
 
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -68,7 +77,7 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safetensors.safe_open(file, "pt") as opened:
             header = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        header["step"], header["made_with"], header["heads"]
+        header["step"], header["made_with"], header["heads"], KINDS[header["kind"]]
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise FileFormatError(f"{file} is not a readable checkpoint: {error!r}; delete it to start again") from error
     return header, tensors
@@ -77,7 +86,7 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 class Training:
     """Heads, optimiser and the number of the next step."""
 
-    def __init__(self, model: PreTrainedModel, heads: LearnedHeads, corpus: Corpus, recipe: Recipe) -> None:
+    def __init__(self, model: PreTrainedModel, heads: Heads, corpus: Corpus, recipe: Recipe) -> None:
         """Prepare a training; nothing runs yet.
 
         Args:
@@ -89,6 +98,7 @@ class Training:
         self.accelerator = Accelerator()
         self.model = model.to(self.accelerator.device).requires_grad_(False)
         self.heads = heads.to(self.accelerator.device)
+        self.compressor = of_heads(self.heads, heads.kind)
         self.corpus = corpus
         self.recipe = recipe
         self.step = 0
@@ -106,7 +116,8 @@ class Training:
         """Train until all steps are done.
 
         Args:
-            after_step: Called with the step's figures: step, num_slots, loss (nats per token), tokens_per_second.
+            after_step: Called with the step's figures: step, num_slots, loss (nats per token; of the objective
+                "attention" a share of the output's energy), tokens_per_second.
 
         Raises:
             TrainingError: If the loss or a gradient is not finite; the heads are as they were before the step.
@@ -155,10 +166,12 @@ class Training:
         with self._attached(num_slots) as slots:
             cache = slots.new_cache()
             assert isinstance(cache, SlotCache)
-            if recipe.objective == "distillation":
-                losses = divergences(self.model, ids, cache, teach(slots, self.model, ids, compared))
-            else:
+            if recipe.objective == "next-token":
                 losses = next_token_losses(self.model, ids, cache, compared)
+            else:
+                teacher = teach(slots, self.model, ids, compared)
+                differ = divergences if recipe.objective == "distillation" else attention_errors
+                losses = differ(self.model, ids, cache, teacher)
             return self._through(losses, cache, len(compared), num_slots)
 
     def _through(self, losses: Iterator[tuple[Tensor, int]], cache: SlotCache, count: int, num_slots: int) -> float:
@@ -181,7 +194,7 @@ class Training:
         return loss / self.recipe.accumulate
 
     def _attached(self, num_slots: int) -> Attachment:
-        return attach(self.model, self.heads, num_slots=num_slots, chunk_size=self.recipe.chunk_size)
+        return attach(self.model, self.compressor, num_slots=num_slots, chunk_size=self.recipe.chunk_size)
 
     def _share_gradients(self) -> None:
         """Add the gradients of all processes up; each has divided by the number of windows already."""
@@ -198,7 +211,7 @@ class Training:
                 f"the loss of step {self.step + 1} is not finite ({loss.item()}); the last checkpoint is good: "
                 "lower the learning rates and go on from it"
             )
-        rise, fall = (self.step + 1) / WARM_UP, 1 - self.step / self.recipe.steps
+        rise, fall = (self.step + 1) / max(1, self.recipe.warm_up), 1 - self.step / self.recipe.steps
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * min(1.0, rise) * fall
         self.optimizer.step()
@@ -210,7 +223,8 @@ class Training:
         for name, parameter in self.heads.named_parameters():
             state = self.optimizer.state.get(parameter, {})
             tensors |= {f"adam.{name}.{key}": torch.as_tensor(value) for key, value in state.items()}
-        header = {"step": str(self.step), "made_with": self._made_with(), "heads": json.dumps(self.heads.settings)}
+        header = {"step": str(self.step), "made_with": self._made_with(), "kind": self.heads.kind}
+        header["heads"] = json.dumps(self.heads.settings)
         cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         if self.accelerator.is_main_process:
             write_atomically(file, safetensors.torch.save(cpu, header))

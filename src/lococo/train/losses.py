@@ -70,9 +70,8 @@ def teach(attachment: Attachment, model: PreTrainedModel, ids: Tensor, compared:
     return Teacher(output.logits.float().log_softmax(-1), cache, compared)
 
 
-@torch.no_grad()
 def future_mass(teacher: Teacher, layer_idx: int, entries: Entries, *, seen: int, chunk_size: int) -> Tensor | None:
-    """Return the attention that later queries of the text, in the full cache's own words, will give to entries.
+    """Return the attention that the next queries of the text, in the full cache's own words, will give to entries.
 
     Args:
         teacher: Of the window.
@@ -84,23 +83,47 @@ def future_mass(teacher: Teacher, layer_idx: int, entries: Entries, *, seen: int
     Returns:
         Mass per query, (b h s); None where less than half a chunk of the window is left.
     """
-    layer = teacher.layer(layer_idx)
-    assert layer.queries is not None
-    stop = min(seen + HORIZON * chunk_size, layer.queries.shape[3])
+    queries = teacher.layer(layer_idx).queries
+    assert queries is not None
+    stop = min(seen + HORIZON * chunk_size, queries.shape[3])
     if stop - seen < chunk_size // 2:
         return None
-    queries = layer.queries[:, :, :, seen:stop]
+    ahead = torch.arange(stop - seen, device=entries.keys.device)
+    weight = DISCOUNT ** (ahead // chunk_size).float()
+    return later_mass(teacher, layer_idx, entries, seen=seen, places=seen + ahead, weight=weight)
+
+
+@torch.no_grad()
+def later_mass(
+    teacher: Teacher, layer_idx: int, entries: Entries, *, seen: int, places: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """Return the attention that later queries, in the full cache's own words, will give to entries.
+
+    Args:
+        teacher: Of the window.
+        layer_idx: The layer.
+        entries: Of a batch of one row; what they leave out of the text read so far is not attended to.
+        seen: Tokens of the window read so far.
+        places: Of the queries in the window, none before `seen`, (q).
+        weight: What each query counts, (q); None: all the same.
+
+    Returns:
+        Mass per query, (b h s).
+    """
+    layer = teacher.layer(layer_idx)
+    assert layer.queries is not None
+    queries = layer.queries[:, :, :, places]
+    stop = int(places.max()) + 1
     keys = torch.cat([entries.keys, layer.keys[:, :, seen:stop]], 2)
     log_mass = torch.cat([entries.log_mass, entries.log_mass.new_zeros(*keys.shape[:2], stop - seen)], 2)
-    ahead = torch.arange(stop - seen, device=keys.device)
-    weight = DISCOUNT ** (ahead // chunk_size).float()
+    weight = torch.ones(len(places), device=keys.device) if weight is None else weight
     mass = attention_mass(
         keys,
         log_mass,
         queries,
         scaling=entries.scaling,
         softcap=entries.softcap,
-        visible=(len(entries) + ahead + 1)[None],
+        visible=(len(entries) + places - seen + 1)[None],
         weight=weight[None],
     )
     return mass[:, :, : len(entries)] / (weight.sum() * queries.shape[2])

@@ -11,7 +11,9 @@ class Recipe:
     """How heads are trained.
 
     Attributes:
-        objective: distillation: the full cache's predictions; next-token: the text itself, as the paper trains.
+        heads: lococo, or lococo-paper: the convolutions of the paper, for one number of slots.
+        objective: distillation: the full cache's predictions; next-token: the text itself, as the paper trains;
+            attention: what every layer's attention puts out, each layer alone, norms left out.
         num_slots: Mean slots per layer, one or more, which take turns.
         chunk_size: Tokens per forward pass.
         length: Tokens of a window.
@@ -21,8 +23,11 @@ class Recipe:
         norms_learning_rate: Of the norms' changes.
         width: Channels of the convolutions.
         kernel_size: Entries that a convolution sees, odd.
-        learned_scores: Let the heads correct which entries stay, fitted before the first step. Off, since it
-            made things worse (docs/log.md).
+        mix: Start of the paper's n, the share of the mixture in a slot that is one; 0 is eviction.
+        heavy_share: Share of the slots that the paper's heads keep as they are.
+        unrotated: Let the paper's heads mix keys before RoPE, not after it.
+        warm_up: Steps over which the learning rates rise; afterwards they fall to 0.
+        learned_scores: Let the heads keep what may be asked for later, fitted after the last step.
         score_windows: Windows that scores are fitted to.
         score_epochs: Times that they are fitted to each.
         learned_merge: Let the heads correct weights and masses of the merge.
@@ -33,7 +38,8 @@ class Recipe:
         seed: Of the weights' start and of the windows.
     """
 
-    objective: Literal["distillation", "next-token"] = "distillation"
+    heads: Literal["lococo", "lococo-paper"] = "lococo"
+    objective: Literal["distillation", "next-token", "attention"] = "distillation"
     num_slots: tuple[int, ...] = (64, 128, 64, 256, 64, 512)
     chunk_size: int = 256
     length: int = 2048
@@ -41,8 +47,12 @@ class Recipe:
     accumulate: int = 1
     learning_rate: float = 2e-3
     norms_learning_rate: float = 1e-3
+    warm_up: int = 5
     width: int = 16
     kernel_size: int = 5
+    mix: float = 0.0
+    heavy_share: float = 0.5
+    unrotated: bool = False
     learned_scores: bool = False
     score_windows: int = 48
     score_epochs: int = 8
@@ -65,5 +75,11 @@ class Recipe:
             )
         if self.kernel_size % 2 == 0:
             raise ArgumentError(f"expected an odd kernel_size, got {self.kernel_size}")
-        if not self.learned_merge and not self.train_norms:
+        norms_learn = self.train_norms and self.objective != "attention"
+        if self.heads == "lococo" and not self.learned_merge and not norms_learn:
             raise ArgumentError("nothing is left to train but scores; switch on learned_merge or train_norms")
+        if self.heads == "lococo-paper" and (len(set(self.num_slots)) > 1 or self.calibrate_at or self.learned_scores):
+            raise ArgumentError(
+                "the paper's heads are made for one number of slots, the same in every layer, and have no scores; "
+                "expected one number in num_slots, none in calibrate_at and learned_scores off"
+            )

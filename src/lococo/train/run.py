@@ -15,6 +15,7 @@ from lococo.errors import DocumentError
 from lococo.facts import ModelFacts
 from lococo.train.data import Corpus, Document, local_corpus, split
 from lococo.train.loop import Training, heads_in, new_heads
+from lococo.train.recall import recall_window
 from lococo.train.recipe import Recipe
 from lococo.train.scores import Example, collect, fit
 
@@ -70,10 +71,7 @@ def train(
         for num_slots in recipe.calibrate_at:
             say(f"measuring the layers' shares of {num_slots} slots")
             budgets[num_slots] = _weights(model, corpus, recipe, num_slots)
-        heads = new_heads(model, recipe, budgets)
-        if recipe.learned_scores:
-            _fit_scores(model, heads, corpus, recipe, say)
-        training = Training(model, heads, corpus, recipe)
+        training = Training(model, new_heads(model, recipe, budgets), corpus, recipe)
         training.save(checkpoint)
 
     def kept(row: Row) -> None:
@@ -82,6 +80,9 @@ def train(
             training.save(checkpoint)
 
     training.run(kept)
+    training.save(checkpoint)
+    if recipe.learned_scores:
+        fit_scores(model, training.heads, corpus, recipe, say)
     figures = {
         "recipe": {key: value for key, value in vars(recipe).items()},
         "tokens": recipe.steps * recipe.accumulate * recipe.length,
@@ -107,19 +108,17 @@ def standard_library(tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus
     return split(domains, tokenizer, held_out=0.05)
 
 
-def _fit_scores(
+def fit_scores(
     model: PreTrainedModel, heads: LearnedHeads, corpus: Corpus, recipe: Recipe, say: Callable[[str], None]
 ) -> None:
-    """Fit the scores to windows of their own, read with heads that do not correct them yet."""
+    """Fit the scores to windows of their own, read with heads whose other parts are trained."""
     say(f"reading {recipe.score_windows} windows to fit scores to")
     examples: dict[int, list[Example]] = {}
     for number in range(recipe.score_windows):
         num_slots = recipe.num_slots[number % len(recipe.num_slots)]
         least = num_slots + 2 * recipe.chunk_size
-        ids = torch.tensor([corpus.window(recipe.seed + 2, number, length=recipe.length, least=least)])
-        taken = collect(
-            model, heads, ids.to(model.device), num_slots=num_slots, chunk_size=recipe.chunk_size, window=number
-        )
+        window = recall_window(corpus, corpus.tokenizer, recipe.seed + 2, number, length=recipe.length, least=least)
+        taken = collect(model, heads, window, num_slots=num_slots, chunk_size=recipe.chunk_size, number=number)
         for layer_idx, more in taken.items():
             examples.setdefault(layer_idx, []).extend(more)
     before, after = zip(*fit(heads, examples, epochs=recipe.score_epochs, seed=recipe.seed).values(), strict=True)

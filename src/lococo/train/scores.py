@@ -1,8 +1,9 @@
-"""Fit the scores: which entries stay is learned from what later queries really attend to.
+"""Fit the scores: what is worth keeping is learned from what later queries really attend to.
 
 A choice has no gradient, so scores are not trained through the model. The model is read once per window, which gives an
 example for every layer at every compression: the entries, and the attention that the full cache's later queries give
-them. Then each layer's net is fitted alone, over and over, which costs next to nothing.
+them, those of the next chunks and those of the questions at the window's end. Then each layer's net is fitted alone,
+over and over, which costs next to nothing.
 """
 
 import random
@@ -15,10 +16,11 @@ from transformers import PreTrainedModel
 
 from lococo.attachment import attach
 from lococo.cache import SlotCache
-from lococo.compressors.learned import LearnedHeads, Net, content_of, facts_of
+from lococo.compressors.learned import LearnedHeads, Net, content_of, facts_of, raised
 from lococo.entries import Entries
 from lococo.reader import prefill
-from lococo.train.losses import future_mass, retention_loss, teach
+from lococo.train.losses import future_mass, later_mass, retention_loss, teach
+from lococo.train.recall import Recall
 
 BATCH = 8
 
@@ -33,7 +35,7 @@ class Example:
     Attributes:
         content: See `content_of`, (h s 2d).
         facts: See `facts_of`, (h s facts).
-        prior: Logarithm of the look-ahead mass, (h s).
+        ahead: Look-ahead mass, (h s).
         mass: Attention that later queries give, (h s).
         num_slots: How many stay.
         window: Number of the window it is from.
@@ -41,7 +43,7 @@ class Example:
 
     content: Tensor
     facts: Tensor
-    prior: Tensor
+    ahead: Tensor
     mass: Tensor
     num_slots: int
     window: int
@@ -49,32 +51,47 @@ class Example:
 
 @torch.no_grad()
 def collect(
-    model: PreTrainedModel, heads: LearnedHeads, ids: Tensor, *, num_slots: int, chunk_size: int, window: int
+    model: PreTrainedModel,
+    heads: LearnedHeads,
+    window: Recall,
+    *,
+    num_slots: int,
+    chunk_size: int,
+    number: int,
 ) -> dict[int, list[Example]]:
     """Read a window in slots, and return the examples of every layer.
+
+    What the questions will ask for is kept while it is read, so that it is there to be learned from to the end.
 
     Args:
         model: Not attached.
         heads: That compress while it is read.
-        ids: (1 n).
+        window: Text and the places of its answers.
         num_slots: Mean over the layers.
         chunk_size: Tokens per forward pass.
-        window: Its number.
+        number: The window's.
     """
+    ids = torch.tensor([window.ids], device=model.device)
+    asked = torch.tensor(window.asked, dtype=torch.long, device=model.device)
     examples: dict[int, list[Example]] = {layer_idx: [] for layer_idx in heads.form.layers}
     with attach(model, heads, num_slots=num_slots, chunk_size=chunk_size) as slots:
-        teacher = teach(slots, model, ids, torch.zeros(0, dtype=torch.long, device=ids.device))
+        teacher = teach(slots, model, ids, asked)
         cache = slots.new_cache()
         assert isinstance(cache, SlotCache)
 
-        def take(layer_idx: int, entries: Entries, kept: int) -> None:
-            mass = future_mass(teacher, layer_idx, entries, seen=cache.rows.tokens[0], chunk_size=chunk_size)
+        def take(layer_idx: int, entries: Entries, kept: int) -> Tensor | None:
+            seen = cache.rows.tokens[0]
+            mass = future_mass(teacher, layer_idx, entries, seen=seen, chunk_size=chunk_size)
+            places = asked[asked >= seen]
+            recalled = later_mass(teacher, layer_idx, entries, seen=seen, places=places) if len(places) else None
             if mass is None:
-                return
-            prior = entries.future_mass.clamp(min=1e-9)
-            content, facts = content_of(entries).bfloat16(), facts_of(entries, prior)
-            parts = zip(content.cpu(), facts.cpu(), prior.log().cpu(), mass.cpu(), strict=True)
-            examples[layer_idx] += [Example(c, f, p, m, kept, window) for c, f, p, m in parts]
+                return recalled
+            ahead = entries.future_mass.clamp(min=1e-9)
+            content, facts = content_of(entries).bfloat16(), facts_of(entries, ahead)
+            wanted = mass if recalled is None else mass + recalled
+            parts = zip(content.cpu(), facts.cpu(), ahead.cpu(), wanted.cpu(), strict=True)
+            examples[layer_idx] += [Example(c, f, p, m, kept, number) for c, f, p, m in parts]
+            return None if recalled is None else recalled * ahead.sum(-1, keepdim=True)
 
         heads.on_compress = take
         try:
@@ -144,18 +161,18 @@ def lost_mass(net: Net, examples: list[Example]) -> float:
 
 def _loss(net: Net, batch: list[Example]) -> tuple[Tensor, Tensor]:
     parameter = net.head
-    content, facts, prior, mass = (
+    content, facts, ahead, mass = (
         torch.stack([getattr(example, name) for example in batch]).to(parameter)
-        for name in ("content", "facts", "prior", "mass")
+        for name in ("content", "facts", "ahead", "mass")
     )
-    return retention_loss(prior + net(content, facts)[0], mass, batch[0].num_slots)
+    return retention_loss(raised(ahead, net(content, facts)[0]).log(), mass, batch[0].num_slots)
 
 
 def _batches(examples: list[Example], draw: random.Random) -> Iterator[list[Example]]:
     """Yield examples of one size at a time, in random order."""
     sizes: dict[tuple[int, int], list[Example]] = {}
     for example in examples:
-        sizes.setdefault((example.prior.shape[-1], example.num_slots), []).append(example)
+        sizes.setdefault((example.ahead.shape[-1], example.num_slots), []).append(example)
     batches = []
     for group in sizes.values():
         draw.shuffle(group)

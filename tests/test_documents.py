@@ -358,9 +358,10 @@ def test_tokenizer_without_offsets_gets_the_text_at_once():
 
 @pytest.mark.real_model
 def test_streamed_ids_of_the_default_model():
+    from lococo import cached
     from lococo import models as loading
 
-    folder = loading.cache_folder() / f"{loading.DEFAULT_MODEL}-{loading.WHEEL_SHA256[:16]}"
+    folder = cached.cache_folder() / f"{loading.DEFAULT_MODEL}-{loading.WHEEL_SHA256[:16]}"
     if not folder.is_dir():
         pytest.skip("the default model is not in the cache")
     tokenizer = loading._load_tokenizer(str(folder), loading.DEFAULT_MODEL, False)

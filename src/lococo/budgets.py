@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lococo.attachment import attach, slot_layer_indices, window_of
+from lococo.cached import cache_folder
 from lococo.compressors.heads import write_atomically
 from lococo.documents import demo_text, encode_stream
 from lococo.errors import ArgumentError
 from lococo.facts import weights_fingerprint
-from lococo.models import cache_folder
 from lococo.reader import read
 from lococo.shares import shares
 

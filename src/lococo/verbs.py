@@ -191,7 +191,7 @@ def eval_perplexity(
     *,
     data: str,
     compressor: list[str],
-    num_slots: int = 512,
+    num_slots: tuple[int, ...] = (512,),
     chunk_size: int = 256,
     max_length: int = 4096,
     max_windows: int | None = None,
@@ -205,7 +205,7 @@ def eval_perplexity(
     Args:
         data: One subfolder per domain, of .txt or .jsonl files with a `text` field.
         compressor: Names to compare, one or more; the full cache is always measured with them.
-        num_slots: Entries that survive a compression, per layer and key/value head.
+        num_slots: Entries that survive a compression, mean over the layers; one number or more.
         chunk_size: Tokens per forward pass.
         max_length: Tokens of a window; tokens from the third chunk on count.
         max_windows: Windows per domain, one of each document in turn; all by default.
@@ -214,7 +214,7 @@ def eval_perplexity(
         budget: How the slots are spread over the layers, at an equal total; own: as learned, or else uniform.
         model: Which model reads.
     """
-    check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, max_length=max_length)
+    check_at_least_one(num_slots=min(num_slots, default=0), chunk_size=chunk_size, max_length=max_length)
     if max_windows is not None:
         check_at_least_one(max_windows=max_windows)
     target = _checked(data, json)
@@ -298,7 +298,8 @@ def eval_needle(
 def train(
     *,
     output: str,
-    data: str | None = None,
+    data: tuple[str, ...] = (),
+    documents: int = 10_000,
     save_every: int = 20,
     logs: str | None = None,
     json: bool = False,
@@ -309,17 +310,19 @@ def train(
 
     Args:
         output: Folder for the heads; a training that was stopped goes on from the checkpoint in it.
-        data: Folder of .txt or .jsonl files, its subfolders being domains, of which only the part named train is read;
-            Python's own library by default.
+        data: Folders of .txt or .jsonl files, their subfolders being domains, of which only the part named train is
+            read; data sets of the hub such as hf:owner/name or hf:owner/name:subset; Python's own library by default.
+        documents: Taken of each data set of the hub, at most.
         save_every: Steps between checkpoints.
         logs: Folder for TensorBoard's logs.
         json: Print one JSON object on stdout at the end, and everything else on stderr.
         recipe: How the heads are trained.
         model: Which model they are for.
     """
-    check_at_least_one(save_every=save_every)
-    if data is not None and not Path(data).expanduser().is_dir():
-        raise ArgumentError(f"--data {data}: no such folder; expected one with text files")
+    check_at_least_one(save_every=save_every, documents=documents)
+    for source in data:
+        if not source.startswith("hf:") and not Path(source).expanduser().is_dir():
+            raise ArgumentError(f"--data {source}: no such folder; expected one with text files, or hf:owner/name")
     target = Path(output).expanduser()
     if target.exists() and not target.is_dir():
         raise ArgumentError(f"--output {output} is a file; name a folder")
@@ -335,7 +338,8 @@ def train(
             tokenizer,
             recipe,
             target,
-            data=None if data is None else Path(data).expanduser(),
+            data=data,
+            documents=documents,
             save_every=save_every,
             say=say,
             after_step=after_step,
@@ -344,6 +348,47 @@ def train(
         print(f"{num_slots} slots: {loss:.4f} nats per token on held-out text", file=_human(json))
     if json:
         print(jsonlib.dumps(figures))
+
+
+def ablate(table: str, *, data: str, output: str, json: str, plot: str | None = None, model: ModelOptions) -> None:
+    """Train and measure a table of ablations: one part of the heads changed at a time, on the same text.
+
+    Args:
+        table: YAML with the common recipe, where heads are measured, and rows; see recipes/ablations.yaml.
+        data: One subfolder per domain, of .txt or .jsonl files, with parts named train and val.
+        output: Folder for the heads; what is done there already is not done again.
+        json: File for the results, one JSON object per line; replaced once all are there.
+        plot: Picture to draw of them, such as ablations.svg.
+        model: Which model the heads are for.
+    """
+    path = Path(table).expanduser()
+    check_exists(path, "a table of ablations in YAML")
+    target = _checked(data, json)
+    picture = None if plot is None else Path(plot).expanduser()
+    if picture is not None:
+        check_output(picture, force=True)
+    from rich.console import Console
+
+    from lococo.eval import ablations
+    from lococo.eval.plots import plot_ablations
+    from lococo.eval.tables import ablation_table
+
+    rows = ablations.read_table(path)
+    loaded, tokenizer = _loaded(model)
+    with rows_file(target) as report:
+        results = ablations.run(
+            rows,
+            loaded,
+            tokenizer,
+            data=Path(data).expanduser(),
+            output=Path(output).expanduser(),
+            report=report,
+            say=partial(print, file=sys.stderr),
+        )
+    made = ablations.summary(results)
+    Console().print(ablation_table(made))
+    if picture is not None:
+        plot_ablations(made, picture)
 
 
 def bench(

@@ -57,7 +57,7 @@ def naive_nll(windows, chunk):
 
 def test_full_cache_scores_every_token_from_the_third_chunk_on(tokenizer, data):
     rows = evaluate(
-        tiny(), tokenizer, data=data, compressors=["mass-merge"], num_slots=100, chunk_size=16, max_length=100
+        tiny(), tokenizer, data=data, compressors=["mass-merge"], num_slots=[100], chunk_size=16, max_length=100
     )
     books = [document(250, 0)[:100], document(250, 0)[100:200], document(250, 0)[200:], document(130, 1)[:100]]
     web = [document(120, 120)[:100], document(90, 90)]
@@ -76,7 +76,7 @@ def test_full_cache_scores_every_token_from_the_third_chunk_on(tokenizer, data):
 
 def test_windows_are_taken_from_one_document_in_turn(tokenizer, data):
     rows = evaluate(
-        tiny(), tokenizer, data=data, compressors=["h2o"], num_slots=40, chunk_size=16, max_length=100, max_windows=3
+        tiny(), tokenizer, data=data, compressors=["h2o"], num_slots=[40], chunk_size=16, max_length=100, max_windows=3
     )
     books = [document(250, 0)[:100], document(130, 1)[:100], document(250, 0)[100:200]]
     nll, count = naive_nll(books, 16)
@@ -85,6 +85,22 @@ def test_windows_are_taken_from_one_document_in_turn(tokenizer, data):
     assert rows[1]["tokens"] == count == 204
     assert rows[1]["gap"] == pytest.approx(rows[1]["nll"] - rows[0]["nll"])
     assert rows[1]["gap_low"] <= rows[1]["gap"] <= rows[1]["gap_high"]
+
+
+def test_several_numbers_of_slots_share_the_full_cache(tokenizer, data):
+    options = {"data": data, "compressors": ["h2o", "look-ahead"], "chunk_size": 16, "max_length": 100}
+    rows = evaluate(tiny(), tokenizer, num_slots=[40, 24], **options)
+    assert [(row["compressor"], row["num_slots"]) for row in rows if row["domain"] == "web"] == [
+        ("full", None),
+        ("h2o", 40),
+        ("look-ahead", 40),
+        ("h2o", 24),
+        ("look-ahead", 24),
+    ]
+    alone = evaluate(tiny(), tokenizer, num_slots=[24], **options)
+    same = [row for row in rows if row["num_slots"] in (None, 24)]
+    assert [row["nll"] for row in alone] == [row["nll"] for row in same]
+    assert [row["gap"] for row in alone] == [row["gap"] for row in same]
 
 
 def test_intervals_are_paired():
@@ -111,7 +127,13 @@ def test_only_validation_text_is_taken(tokenizer, tmp_path):
 
 def test_bad_input_is_refused_before_anything_is_scored(tokenizer, data, tmp_path):
     def run(**options):
-        options = {"data": data, "compressors": ["h2o"], "num_slots": 40, "chunk_size": 16, "max_length": 100} | options
+        options = {
+            "data": data,
+            "compressors": ["h2o"],
+            "num_slots": [40],
+            "chunk_size": 16,
+            "max_length": 100,
+        } | options
         return evaluate(tiny(), tokenizer, report=lambda row: pytest.fail("scored"), **options)
 
     with pytest.raises(ArgumentError, match=r"unknown compressor 'h3o'.*'h2o'"):
@@ -146,5 +168,7 @@ def test_blank_lines_empty_files_and_byte_order_marks_are_nothing_special(tokeni
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / "a.jsonl").write_text(f"\ufeff{line}\n\n" + '{"text": "half \\ud83d"}\n\n', encoding="utf-8")
     (tmp_path / "web" / "b.txt").touch()
-    rows = evaluate(tiny(), tokenizer, data=tmp_path, compressors=["h2o"], num_slots=40, chunk_size=16, max_length=100)
+    rows = evaluate(
+        tiny(), tokenizer, data=tmp_path, compressors=["h2o"], num_slots=[40], chunk_size=16, max_length=100
+    )
     assert rows[0]["tokens"] == 90 - 32

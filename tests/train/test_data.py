@@ -3,7 +3,7 @@ import json
 import pytest
 
 from lococo.errors import DocumentError
-from lococo.train.data import Document, local_corpus
+from lococo.train.data import Document, corpus_of
 
 
 class Letters:
@@ -11,6 +11,10 @@ class Letters:
 
     def __call__(self, text, add_special_tokens=False):
         return {"input_ids": [ord(letter) for letter in text]}
+
+
+def corpus_in(folder, **options):
+    return corpus_of([str(folder)], Letters(), documents=1, seed=0, **options)
 
 
 @pytest.fixture
@@ -25,7 +29,7 @@ def folder(tmp_path):
 
 
 def test_windows_are_the_same_for_the_same_seed_and_number(folder):
-    corpus, _ = local_corpus(folder, Letters())
+    corpus, _ = corpus_in(folder)
     windows = [corpus.window(3, number, length=50, least=20) for number in range(20)]
     assert windows == [corpus.window(3, number, length=50, least=20) for number in range(20)]
     assert windows != [corpus.window(4, number, length=50, least=20) for number in range(20)]
@@ -34,13 +38,13 @@ def test_windows_are_the_same_for_the_same_seed_and_number(folder):
 
 
 def test_domains_take_turns(folder):
-    corpus, _ = local_corpus(folder, Letters())
+    corpus, _ = corpus_in(folder)
     texts = ["".join(map(chr, corpus.window(0, number, length=60, least=20))) for number in range(8)]
     assert ["fox" in text for text in texts] == [False, True] * 4
 
 
 def test_documents_are_kept_apart(folder):
-    train, held_out = local_corpus(folder, Letters(), held_out=0.2)
+    train, held_out = corpus_in(folder, held_out=0.2)
     for domain in ("prose", "web"):
         inside, apart = set(train.domains[domain]), set(held_out.domains[domain])
         assert len(apart) == 2
@@ -54,7 +58,7 @@ def test_what_is_for_validation_is_never_trained_on(folder):
         (folder / "split" / part / "a.txt").write_text(part * 100)
     (folder / "other").mkdir()
     (folder / "other" / "val.jsonl").write_text(json.dumps({"text": "val " * 100}))
-    train, held_out = local_corpus(folder, Letters())
+    train, held_out = corpus_in(folder)
     files = {d.file for corpus in (train, held_out) for group in corpus.domains.values() for d in group}
     assert folder / "split" / "train" / "a.txt" in files
     assert not [file for file in files if "val" in str(file.relative_to(folder))]
@@ -68,17 +72,17 @@ def test_a_part_of_a_file_is_read_as_text(tmp_path):
 
 def test_a_folder_without_text(tmp_path):
     with pytest.raises(DocumentError, match="expected text to train on"):
-        local_corpus(tmp_path, Letters())
+        corpus_in(tmp_path)
 
 
 def test_documents_shorter_than_a_window(folder):
-    corpus, _ = local_corpus(folder, Letters())
+    corpus, _ = corpus_in(folder)
     with pytest.raises(DocumentError, match="documents of at least 5000 tokens, found hardly any"):
         corpus.window(0, 0, length=6000, least=5000)
 
 
 def test_lines_without_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "' + "x" * 500 + '"}\n')
-    corpus, _ = local_corpus(tmp_path, Letters())
+    corpus, _ = corpus_in(tmp_path)
     with pytest.raises(DocumentError, match="expected lines of JSON with a 'text' field"):
         corpus.window(0, 0, length=50, least=20)

@@ -149,7 +149,7 @@ def test_a_whole_training_gives_heads_that_load(tmp_path):
     trained = training(tmp_path, steps=2)
     recipe = Recipe(**RECIPE | {"steps": 4, "calibrate_at": (24,), "score_windows": 4, "learned_scores": True})
     said = []
-    arguments = {"data": tmp_path / "text", "say": said.append}
+    arguments = {"data": [str(tmp_path / "text")], "say": said.append}
 
     class KilledError(Exception):
         pass
@@ -221,4 +221,10 @@ def test_recipes_that_cannot_be():
 def test_a_corpus_without_windows(tmp_path):
     (tmp_path / "a.txt").write_text("few words")
     with pytest.raises(DocumentError, match="hardly any"):
-        train(tiny(), training(tmp_path, steps=1).corpus.tokenizer, Recipe(**RECIPE), tmp_path / "out", data=tmp_path)
+        train(
+            tiny(),
+            training(tmp_path, steps=1).corpus.tokenizer,
+            Recipe(**RECIPE),
+            tmp_path / "out",
+            data=[str(tmp_path)],
+        )

@@ -2,7 +2,7 @@ import re
 
 from lococo.eval import needle
 from lococo.train import recall
-from lococo.train.data import local_corpus
+from lococo.train.data import corpus_of
 
 
 class Letters:
@@ -14,7 +14,7 @@ class Letters:
 
 def corpus_in(folder):
     (folder / "a.txt").write_text(" ".join(f"play {word}" for word in range(4000)))
-    return local_corpus(folder, Letters())[0]
+    return corpus_of([str(folder)], Letters(), documents=1, seed=0)[0]
 
 
 def test_answers_are_asked_where_the_text_holds_them(tmp_path):

@@ -21,8 +21,7 @@ def test_what_will_be_asked_for_is_kept_while_examples_are_taken():
     model, heads = tiny(), heads_for(tiny())
     ids = tokens(150).tolist()
     asking, plain = (
-        scores.collect(model, heads, Recall(ids, asked), num_slots=40, chunk_size=16, number=0)
-        for asked in ([149], [])
+        scores.collect(model, heads, Recall(ids, asked), num_slots=40, chunk_size=16, number=0) for asked in ([149], [])
     )
     # The last query's attention to what the first compression left, in the second one's examples.
     gains = [

@@ -55,7 +55,10 @@ PAIRS = {
 # Without heads for the model.
 DEFAULT = "mass-merge"
 
-COMPRESSORS = ("full", *PAIRS, LearnedHeads.kind)
+# Our heads without the changes of the model's norms that were trained with them.
+FROZEN = f"{LearnedHeads.kind}-frozen"
+
+COMPRESSORS = ("full", *PAIRS, LearnedHeads.kind, FROZEN)
 
 
 def make(name: str, shape: Shape) -> Compressor:
@@ -72,8 +75,11 @@ def make(name: str, shape: Shape) -> Compressor:
         ArgumentError: If the name is unknown; the message names the nearest.
         FileFormatError: If saved heads are damaged or of another shape.
     """
-    if name == LearnedHeads.kind:
-        return _saved(_shipped(shape), name, shape)
+    if name in (LearnedHeads.kind, FROZEN):
+        heads = _saved(_shipped(shape), name, shape)
+        if name == FROZEN and isinstance(heads, LearnedHeads):
+            heads.norms = None
+        return heads
     if name not in PAIRS and Path(name).is_dir():
         return _saved(Path(name), str(Path(name).resolve()), shape)
     selection, _, merge = ("+".join(PAIRS[name]) if name in PAIRS else name).partition("+")

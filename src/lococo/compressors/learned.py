@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lococo.compressors.mass_merge import merged_by_mass
+from lococo.compressors.mass_merge import MAX_LOG_MASS, merged_by_mass
 from lococo.entries import Entries
 from lococo.norms import NormDeltas
 from lococo.shares import shares
@@ -41,8 +41,10 @@ class HeadSettings:
         head_dim: Size of a key.
         width: Channels of the convolutions.
         kernel_size: Entries that a convolution sees, odd.
+        depth: Convolutions one after the other.
         learned_scores: Raise the mass of what may be asked for later.
         learned_merge: Correct weights and masses of the merge.
+        max_log_mass: Most that a slot may add to its attention logit, in nats.
         norms: Names of the norms that are changed along, () for a frozen model.
         hidden_size: What those norms put out.
         budgets: Weights of the layers by number of slots, between which is interpolated; {} for uniform budgets.
@@ -53,8 +55,10 @@ class HeadSettings:
     head_dim: int
     width: int = 16
     kernel_size: int = 5
+    depth: int = 1
     learned_scores: bool = True
     learned_merge: bool = True
+    max_log_mass: float = MAX_LOG_MASS
     norms: Sequence[str] = ()
     hidden_size: int = 0
     budgets: dict[int, list[float]] = field(default_factory=dict)
@@ -69,7 +73,10 @@ class Net(nn.Module):
         self.content = nn.Parameter(torch.randn(h, 2 * d, width) * (2 * d) ** -0.5)
         self.facts = nn.Linear(FACTS, width)
         self.head = nn.Parameter(torch.zeros(h, 1, width))
-        self.convolution = nn.Conv1d(width, width, settings.kernel_size, padding=settings.kernel_size // 2)
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(width, width, settings.kernel_size, padding=settings.kernel_size // 2)
+            for _ in range(settings.depth)
+        )
         self.out = nn.Linear(width, outputs)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
@@ -78,8 +85,10 @@ class Net(nn.Module):
         """Map (b h s 2d) and (b h s FACTS) to (outputs b h s)."""
         b, h, s, _ = content.shape
         hidden = nn.functional.silu(content @ self.content + self.facts(facts) + self.head)
-        mixed = self.convolution(hidden.view(b * h, s, -1).transpose(1, 2)).transpose(1, 2).view(b, h, s, -1)
-        out: Tensor = self.out(nn.functional.silu(hidden + mixed))
+        for convolution in self.convolutions:
+            mixed = convolution(hidden.view(b * h, s, -1).transpose(1, 2)).transpose(1, 2).view(b, h, s, -1)
+            hidden = nn.functional.silu(hidden + mixed)
+        out: Tensor = self.out(hidden)
         return out.permute(3, 0, 1, 2)
 
 
@@ -141,10 +150,11 @@ class LearnedHeads(nn.Module):
         scores = mass.detach().clone()  # which entries stay is no smooth choice
         scores[..., len(entries) - RECENT :] = torch.inf
         kept = scores.topk(num_slots, sorted=False).indices.sort().values
-        if not self.form.learned_merge:
-            return merged_by_mass(entries, kept, mass)
-        weight, gain = self.mergers[str(layer_idx)](content, facts)
-        return merged_by_mass(entries, kept, mass * weight.exp(), gain=gain)
+        gain = None
+        if self.form.learned_merge:
+            weight, gain = self.mergers[str(layer_idx)](content, facts)
+            mass = mass * weight.exp()
+        return merged_by_mass(entries, kept, mass, gain=gain, max_log_mass=self.form.max_log_mass)
 
     def _weights(self, num_slots: int) -> list[float]:
         """Interpolate the layers' weights between the numbers of slots that they were measured at."""

@@ -27,7 +27,7 @@ def evaluate(
     *,
     data: Path,
     compressors: Sequence[str],
-    num_slots: int = 512,
+    num_slots: Sequence[int] = (512,),
     chunk_size: int = 256,
     max_length: int = 4096,
     max_windows: int | None = None,
@@ -45,7 +45,7 @@ def evaluate(
         tokenizer: The model's.
         data: One subfolder per domain, see `domains`.
         compressors: Names; "full" always runs as well.
-        num_slots: Entries that survive a compression, per layer.
+        num_slots: Entries that survive a compression, mean over the layers; one number or more.
         chunk_size: Tokens per forward pass.
         max_length: Tokens of a window; the rest of a document makes a shorter one if any of its tokens count.
         max_windows: Windows per domain, one per document in turn; None: all.
@@ -55,9 +55,10 @@ def evaluate(
         progress: Called with windows done and windows in all, after each.
 
     Returns:
-        One row per domain and compressor: task, domain, compressor, num_slots, chunk_size, max_length, tokens, nll
-        (nats per token), gap (nll minus the full cache's), gap_low and gap_high (95 %, bootstrap over windows), and
-        per window window_tokens and window_nll, from which other differences can be computed.
+        One row per domain, compressor and number of slots (None for "full"): task, domain, compressor, num_slots,
+        chunk_size, max_length, tokens, nll (nats per token), gap (nll minus the full cache's), gap_low and gap_high
+        (95 %, bootstrap over windows), and per window window_tokens, window_nll and window_gap, from which other
+        differences can be computed.
 
     Raises:
         ArgumentError: If no token would count, or a number or name is out of range.
@@ -75,17 +76,15 @@ def evaluate(
             f"windows of {max_length} tokens are longer than the {limit} that the full cache was trained for, "
             "so there is nothing to compare with; lower max_length"
         )
-    names = ["full", *(name for name in dict.fromkeys(compressors) if name != "full")]
-    slots = {
-        name: slots_for(model, tokenizer, budget, compressor=name, num_slots=num_slots, chunk_size=chunk_size)
-        if name != "full"
-        else None
-        for name in names
-    }
-    for name in names:  # refuses a wrong name or number before an hour of work
-        attach(
-            model, name, num_slots=num_slots, chunk_size=chunk_size, positions=positions, slots_per_layer=slots[name]
-        )
+    settings = {"chunk_size": chunk_size, "positions": positions}
+    # The full cache is read once, whatever the numbers of slots.
+    attached = {("full", 0): attach(model, "full", **settings)}
+    for slots in dict.fromkeys(num_slots):
+        for name in dict.fromkeys(compressors):
+            if name != "full":
+                spread = slots_for(model, tokenizer, budget, compressor=name, num_slots=slots, chunk_size=chunk_size)
+                # Refuses a wrong name or number before an hour of work.
+                attached[name, slots] = attach(model, name, num_slots=slots, slots_per_layer=spread, **settings)
     corpus = {
         domain: list(islice(windows_of(tokenizer, files, max_length, 2 * chunk_size + 1), max_windows))
         for domain, files in domains(data).items()
@@ -93,34 +92,26 @@ def evaluate(
     for domain, windows in corpus.items():
         if not windows:
             raise DocumentError(f"domain {domain!r} of {data} has no document of more than {2 * chunk_size} tokens")
-    total, done = sum(map(len, corpus.values())) * len(names), 0
+    total, done = sum(map(len, corpus.values())) * len(attached), 0
     rows: list[Row] = []
     for domain, windows in corpus.items():
+        counts = [len(window) - 2 * chunk_size for window in windows]
         full: list[float] = []
-        for name in names:
+        for (name, slots), attachment in attached.items():
             sums = []
-            attached = attach(
-                model,
-                name,
-                num_slots=num_slots,
-                chunk_size=chunk_size,
-                positions=positions,
-                slots_per_layer=slots[name],
-            )
-            with attached:
+            with attachment:
                 for window in windows:
-                    scores = score(model, torch.tensor([window]), attached.new_cache())
+                    scores = score(model, torch.tensor([window]), attachment.new_cache())
                     sums.append(-scores[0, 2 * chunk_size - 1 :].double().sum().item())
                     done += 1
                     if progress is not None:
                         progress(done, total)
             full = full or sums
-            counts = [len(window) - 2 * chunk_size for window in windows]
             row = {
                 "task": "perplexity",
                 "domain": domain,
                 "compressor": name,
-                "num_slots": num_slots,
+                "num_slots": slots or None,
                 "chunk_size": chunk_size,
                 "max_length": max_length,
                 **_figures(sums, full, counts),
@@ -145,6 +136,7 @@ def _figures(sums: list[float], full: list[float], counts: list[int]) -> Row:
         "gap_high": high,
         "window_tokens": counts,
         "window_nll": [total / count for total, count in zip(sums, counts, strict=True)],
+        "window_gap": [more / count for more, count in zip(differences, counts, strict=True)],
     }
 
 
@@ -155,6 +147,26 @@ def interval(sums: Sequence[float], counts: Sequence[int], *, seed: int = 0) -> 
     for _ in range(RESAMPLES):
         drawn = rng.choices(range(len(sums)), k=len(sums))
         means.append(sum(sums[i] for i in drawn) / sum(counts[i] for i in drawn))
+    means.sort()
+    return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
+
+
+def mean_interval(rows: Sequence[Row], *, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean of domains' gaps, resampling the windows of each domain.
+
+    Args:
+        rows: One per domain, of one compressor, with `window_gap`.
+        seed: Of the resampling.
+    """
+    rng = random.Random(seed)
+    means = []
+    for _ in range(RESAMPLES):
+        total = 0.0
+        for row in rows:
+            gaps, counts = row["window_gap"], row["window_tokens"]
+            drawn = rng.choices(range(len(counts)), k=len(counts))
+            total += sum(gaps[i] * counts[i] for i in drawn) / sum(counts[i] for i in drawn)
+        means.append(total / len(rows))
     means.sort()
     return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
 

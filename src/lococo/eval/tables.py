@@ -8,13 +8,21 @@ from lococo.eval.perplexity import Row, difference
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """Return the gap per domain, and how the compressors compare to the best of them, paired by window."""
+    """Return, by number of slots, the gap per domain, and how compressors compare to the best, paired by window."""
+    full = [row for row in rows if row["compressor"] == "full"]
+    numbers = dict.fromkeys(row["num_slots"] for row in rows if row["compressor"] != "full")
+    groups = [[row for row in rows if row["num_slots"] == slots and row["compressor"] != "full"] for slots in numbers]
+    return [table for group in groups or [[]] for table in _tables([*full, *group])]
+
+
+def _tables(rows: Sequence[Row]) -> list[Table]:
     domains = list(dict.fromkeys(row["domain"] for row in rows))
     gaps = {(row["compressor"], row["domain"]): row for row in rows}
     names = [name for name in dict.fromkeys(row["compressor"] for row in rows) if name != "full"]
     mean = {name: sum(gaps[name, domain]["gap"] for domain in domains) / len(domains) for name in names}
 
-    by_domain = Table("gap, nats per token", title="what is lost against the full cache on the same tokens")
+    slots = f", {rows[-1]['num_slots']} slots" if names else ""
+    by_domain = Table("gap, nats per token", title=f"what is lost against the full cache on the same tokens{slots}")
     for heading in (*domains, "mean"):
         by_domain.add_column(heading, justify="right")
     by_domain.add_row("(full, nll)", *(f"{gaps['full', domain]['nll']:.4f}" for domain in domains), "")
@@ -45,4 +53,22 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
     for name in dict.fromkeys(row["compressor"] for row in rows):
         found = [cells[name, length] for length in lengths]
         made.add_row(name, *(f"{row['accuracy']:.0%} [{row['low']:.0%}, {row['high']:.0%}]" for row in found))
+    return made
+
+
+def ablation_table(rows: Sequence[Row]) -> Table:
+    """Return the mean gap of every row of a table of ablations, a column per number of slots.
+
+    Args:
+        rows: Of `ablations.summary`.
+    """
+    numbers = list(dict.fromkeys(row["num_slots"] for row in rows))
+    made = Table("subject", "value", title="gap, nats per token, mean of the domains; 95 % interval")
+    for num_slots in numbers:
+        made.add_column(f"{num_slots} slots", justify="right")
+    found = {(row["subject"], row["name"], row["num_slots"]): row for row in rows}
+    for subject, name in dict.fromkeys((row["subject"], row["name"]) for row in rows):
+        cells = [found.get((subject, name, num_slots)) for num_slots in numbers]
+        texts = ["" if r is None else f"{r['gap']:+.4f} [{r['low']:+.3f}, {r['high']:+.3f}]" for r in cells]
+        made.add_row(subject, name, *texts)
     return made

@@ -6,7 +6,7 @@ number of its next window, and no more than one window's text is held at a time.
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lococo.corpora import DESCRIPTIONS, domains
 from lococo.errors import DocumentError
+from lococo.train import hub
 
 SUFFIXES = (".txt", ".jsonl")
 
@@ -92,13 +93,16 @@ class Corpus:
         )
 
 
-def local_corpus(folder: Path, tokenizer: PreTrainedTokenizerBase, *, held_out: float = 0.05) -> tuple[Corpus, Corpus]:
-    """Find the documents of a folder.
+def corpus_of(
+    sources: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, documents: int, seed: int, held_out: float = 0.05
+) -> tuple[Corpus, Corpus]:
+    """Find the documents of folders and of data sets of the hub.
 
     Args:
-        folder: Its subfolders are domains, which take turns, see `corpora.domains`; where one is split into parts, only
-            "train" is read. Files directly in it are one more domain.
+        sources: Folders, see `local_documents`, and data sets, see `hub.fetch`.
         tokenizer: Of the model.
+        documents: Of each data set, at most.
+        seed: Of their choice.
         held_out: Share of each domain's documents kept apart.
 
     Returns:
@@ -107,13 +111,30 @@ def local_corpus(folder: Path, tokenizer: PreTrainedTokenizerBase, *, held_out: 
     Raises:
         DocumentError: If there is no text.
     """
+    found: dict[str, list[Document]] = {}
+    for source in sources:
+        if source.startswith(hub.PREFIX):
+            fetched = hub.fetch(source, documents=documents, seed=seed)
+            found.setdefault(source, []).extend(_documents(fetched.glob("*")))
+        else:
+            for name, more in local_documents(Path(source).expanduser()).items():
+                found.setdefault(name, []).extend(more)
+    return split(found, tokenizer, held_out=held_out)
+
+
+def local_documents(folder: Path) -> dict[str, list[Document]]:
+    """Find the documents of a folder, by domain.
+
+    Its subfolders are domains, see `corpora.domains`; where one is split into parts, only "train" is read. Files
+    directly in it are one more domain.
+    """
     try:
         files = domains(folder, "train")
     except DocumentError:
         files = {}
     found = {name: list(_documents(paths)) for name, paths in files.items()}
     found[""] = list(_documents(folder.glob("*")))
-    return split(found, tokenizer, held_out=held_out)
+    return found
 
 
 def split(

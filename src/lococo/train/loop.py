@@ -31,6 +31,7 @@ from lococo.train.recipe import Recipe
 
 Row = dict[str, Any]
 
+
 def new_heads(model: PreTrainedModel, recipe: Recipe, budgets: dict[int, list[float]] | None = None) -> Heads:
     """Make untrained heads for a model; they compress as "mass-merge" does, the paper's as "chunk-mass"."""
     facts = ModelFacts.of(model)
@@ -53,8 +54,10 @@ def new_heads(model: PreTrainedModel, recipe: Recipe, budgets: dict[int, list[fl
             head_dim=facts.head_dim,
             width=recipe.width,
             kernel_size=recipe.kernel_size,
+            depth=recipe.depth,
             learned_scores=recipe.learned_scores,
             learned_merge=recipe.learned_merge,
+            max_log_mass=recipe.max_log_mass,
             norms=norm_names(decoder) if recipe.train_norms else (),
             hidden_size=decoder.config.get_text_config(decoder=True).hidden_size,
             budgets=budgets or {},
@@ -77,7 +80,7 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safetensors.safe_open(file, "pt") as opened:
             header = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        header["step"], header["made_with"], header["heads"], KINDS[header["kind"]]
+        header["step"], header["seconds"], header["made_with"], header["heads"], KINDS[header["kind"]]
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise FileFormatError(f"{file} is not a readable checkpoint: {error!r}; delete it to start again") from error
     return header, tensors
@@ -102,6 +105,8 @@ class Training:
         self.corpus = corpus
         self.recipe = recipe
         self.step = 0
+        # Of all steps, in earlier processes too.
+        self.seconds = 0.0
         # Scores are fitted apart, see `scores`.
         named = {name: p for name, p in heads.named_parameters() if not name.startswith("scorers.")}
         self.trained = list(named.values())
@@ -116,8 +121,8 @@ class Training:
         """Train until all steps are done.
 
         Args:
-            after_step: Called with the step's figures: step, num_slots, loss (nats per token; of the objective
-                "attention" a share of the output's energy), tokens_per_second.
+            after_step: Called with the step's figures: step, num_slots, tokens, tokens_per_second, and loss (nats
+                per token; of the objective "attention" a share of the output's energy).
 
         Raises:
             TrainingError: If the loss or a gradient is not finite; the heads are as they were before the step.
@@ -126,8 +131,9 @@ class Training:
             start = time.perf_counter()
             row = self._one_step()
             self.step += 1
-            tokens = self.recipe.accumulate * self.recipe.length
-            after_step(row | {"step": self.step, "tokens_per_second": tokens / (time.perf_counter() - start)})
+            seconds = time.perf_counter() - start
+            self.seconds += seconds
+            after_step({**row, "step": self.step, "tokens_per_second": row["tokens"] / seconds})
 
     @torch.no_grad()
     def evaluate(self, corpus: Corpus, windows: int) -> dict[str, float]:
@@ -144,14 +150,15 @@ class Training:
         if recipe.accumulate % processes:
             raise ArgumentError(f"{recipe.accumulate} windows per step cannot be shared by {processes} processes")
         num_slots = recipe.num_slots[self.step % len(recipe.num_slots)]
-        loss = torch.zeros((), device=self.accelerator.device)
+        loss, tokens = torch.zeros((), device=self.accelerator.device), 0
         for number in range(self.accelerator.process_index, recipe.accumulate, processes):
             ids = self._ids(self.corpus, recipe.seed, self.step * recipe.accumulate + number, num_slots)
             loss += self._window(ids, num_slots) / recipe.accumulate
+            tokens += ids.numel() * processes
         loss = self.accelerator.reduce(loss, "sum")
         self._share_gradients()
         self._update(loss)
-        return {"num_slots": num_slots, "loss": loss.item()}
+        return {"num_slots": num_slots, "loss": loss.item(), "tokens": tokens}
 
     def _ids(self, corpus: Corpus, seed: int, number: int, num_slots: int) -> Tensor:
         least = num_slots + 2 * self.recipe.chunk_size
@@ -223,7 +230,12 @@ class Training:
         for name, parameter in self.heads.named_parameters():
             state = self.optimizer.state.get(parameter, {})
             tensors |= {f"adam.{name}.{key}": torch.as_tensor(value) for key, value in state.items()}
-        header = {"step": str(self.step), "made_with": self._made_with(), "kind": self.heads.kind}
+        header = {
+            "step": str(self.step),
+            "seconds": str(self.seconds),
+            "made_with": self._made_with(),
+            "kind": self.heads.kind,
+        }
         header["heads"] = json.dumps(self.heads.settings)
         cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         if self.accelerator.is_main_process:
@@ -242,7 +254,7 @@ class Training:
                 f"{file} was made with another recipe or model ({made_with}) than this one ({self._made_with()}); "
                 "use the same, or another folder"
             )
-        self.step = int(header["step"])
+        self.step, self.seconds = int(header["step"]), float(header["seconds"])
         self.heads.load_state_dict({n.removeprefix("heads."): t for n, t in tensors.items() if n.startswith("heads.")})
         for name, parameter in self.heads.named_parameters():
             prefix = f"adam.{name}."

@@ -40,7 +40,9 @@ def attention_errors(
             stop = start + chunk.length
             inside = teacher.compared[(teacher.compared >= start) & (teacher.compared < stop)]
             with torch.set_grad_enabled(len(inside) > 0 and torch.is_grad_enabled()):
-                errors = [_error(layer, teacher.layer(layer.layer_idx), start, stop, inside) for layer in cache.slot_layers]
+                errors = [
+                    _error(layer, teacher.layer(layer.layer_idx), start, stop, inside) for layer in cache.slot_layers
+                ]
         if len(inside):
             yield torch.stack(errors).mean(), batch * len(inside)
         start = stop

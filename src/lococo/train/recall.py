@@ -33,23 +33,25 @@ FORMS = (
     ("The capital of {word} is {city}.", "What is the capital of {word}?", "The capital of {word} is {city}"),
     ("Order {number} was sent to {person}.", "Who got order {number}?", "Order {number} was sent to {person}"),
     ("The key of {person} fits room {small}.", "Which room does {person} have?", "Room {small}"),
-    ("Version {small}.{digit} of {thing} came out in {year}.", "When did {thing} come out?", "{thing} came out in {year}"),
+    (
+        "Version {small}.{digit} of {thing} came out in {year}.",
+        "When did {thing} come out?",
+        "{thing} came out in {year}",
+    ),
     ("My favourite {kind} is {word}.", "What is my favourite {kind}?", "My favourite {kind} is {word}"),
 )
 
-SYLLABLES = "ba ce di fo gu ha je ki lo mu na pe qui ro su ta ve wi xo yu za bri cla dre flo gri pla sto tru".split()
-
-VALUES: dict[str, tuple[str, ...]] = {
-    "person": tuple("Anna Boris Clara David Elena Felix Greta Hugo Irene Jonas Karin Leon Marta Nils Olga Paul".split()),
-    "thing": tuple(
-        "the printer|the blue box|the garden shed|the old lamp|the silver ring|the red car|the cellar door|"
-        "the third drawer|the camera|the north window|the black notebook|the boat|the piano|the alarm".split("|")
-    ),
-    "job": tuple("baker teacher pilot lawyer painter nurse plumber editor".split()),
-    "city": tuple("Lisbon Oslo Kyoto Lima Dublin Cairo Quito Riga Hanoi Turin Bergen Graz Porto Tartu".split()),
-    "day": tuple("Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()),
-    "kind": tuple("colour animal dish song game flower".split()),
+CHOICES = {
+    "syllable": "ba|ce|di|fo|gu|ha|je|ki|lo|mu|na|pe|qui|ro|su|ta|ve|wi|xo|yu|za|bri|cla|dre|flo|gri|pla|sto|tru",
+    "person": "Anna|Boris|Clara|David|Elena|Felix|Greta|Hugo|Irene|Jonas|Karin|Leon|Marta|Nils|Olga|Paul",
+    "thing": "the printer|the blue box|the garden shed|the old lamp|the silver ring|the red car|the cellar door|"
+    "the third drawer|the camera|the north window|the black notebook|the boat|the piano|the alarm",
+    "job": "baker|teacher|pilot|lawyer|painter|nurse|plumber|editor",
+    "city": "Lisbon|Oslo|Kyoto|Lima|Dublin|Cairo|Quito|Riga|Hanoi|Turin|Bergen|Graz|Porto|Tartu",
+    "day": "Monday|Tuesday|Wednesday|Thursday|Friday|Saturday|Sunday",
+    "kind": "colour|animal|dish|song|game|flower",
 }
+VALUES = {name: tuple(text.split("|")) for name, text in CHOICES.items()}
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def _fact(form: tuple[str, str, str], draw: random.Random) -> tuple[str, str, tu
     values["year"] = str(draw.randrange(1500, 2030))
     values["small"] = str(draw.randrange(1, 100))
     values["digit"] = str(draw.randrange(10))
-    values["word"] = "".join(draw.choice(SYLLABLES) for _ in range(draw.randint(2, 3)))
+    values["word"] = "".join(draw.choice(VALUES["syllable"]) for _ in range(draw.randint(2, 3)))
     lead, _, last = answer.rpartition("{")
     return (
         statement.format(**values),

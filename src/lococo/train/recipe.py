@@ -23,6 +23,7 @@ class Recipe:
         norms_learning_rate: Of the norms' changes.
         width: Channels of the convolutions.
         kernel_size: Entries that a convolution sees, odd.
+        depth: Convolutions one after the other.
         mix: Start of the paper's n, the share of the mixture in a slot that is one; 0 is eviction.
         heavy_share: Share of the slots that the paper's heads keep as they are.
         unrotated: Let the paper's heads mix keys before RoPE, not after it.
@@ -31,6 +32,7 @@ class Recipe:
         score_windows: Windows that scores are fitted to.
         score_epochs: Times that they are fitted to each.
         learned_merge: Let the heads correct weights and masses of the merge.
+        max_log_mass: Most that a slot may add to its attention logit, in nats; 0: nothing.
         train_norms: Let the model's norms change by a little while it reads slots.
         calibrate_at: Numbers of slots at which the layers' shares are measured before training; none: uniform.
         compare_every: Predictions of every so many tokens are compared.
@@ -50,6 +52,7 @@ class Recipe:
     warm_up: int = 5
     width: int = 16
     kernel_size: int = 5
+    depth: int = 1
     mix: float = 0.0
     heavy_share: float = 0.5
     unrotated: bool = False
@@ -57,6 +60,7 @@ class Recipe:
     score_windows: int = 48
     score_epochs: int = 8
     learned_merge: bool = True
+    max_log_mass: float = 3.0
     train_norms: bool = True
     calibrate_at: tuple[int, ...] = (64,)
     compare_every: int = 2

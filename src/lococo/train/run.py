@@ -1,7 +1,7 @@
 """One training from beginning to end: corpus, budgets, steps, checkpoints, and the heads that come of it."""
 
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from lococo.compressors.heads import save_heads
 from lococo.compressors.learned import LearnedHeads
 from lococo.errors import DocumentError
 from lococo.facts import ModelFacts
-from lococo.train.data import Corpus, Document, local_corpus, split
+from lococo.train.data import Corpus, Document, corpus_of, split
 from lococo.train.loop import Training, heads_in, new_heads
 from lococo.train.recall import recall_window
 from lococo.train.recipe import Recipe
@@ -37,7 +37,8 @@ def train(
     recipe: Recipe,
     output: Path,
     *,
-    data: Path | None = None,
+    data: Sequence[str] = (),
+    documents: int = 10_000,
     save_every: int = 20,
     say: Callable[[str], None] = print,
     after_step: Callable[[Row], None] = lambda row: None,
@@ -49,7 +50,8 @@ def train(
         tokenizer: The model's.
         recipe: How.
         output: Folder for the heads; the checkpoint lies in it until they are done.
-        data: Folder of text, see `local_corpus`; None: Python's own standard library.
+        data: Folders of text and data sets of the hub, see `data.corpus_of`; none: Python's own standard library.
+        documents: Taken of each data set of the hub, at most.
         save_every: Steps between checkpoints.
         say: Called with a line for people.
         after_step: Called with each step's figures.
@@ -57,7 +59,10 @@ def train(
     Returns:
         What is written into the heads' config: recipe, tokens, seconds and the held-out figures before and after.
     """
-    corpus, held_out = standard_library(tokenizer) if data is None else local_corpus(data, tokenizer)
+    if data:
+        corpus, held_out = corpus_of(data, tokenizer, documents=documents, seed=recipe.seed)
+    else:
+        corpus, held_out = standard_library(tokenizer)
     # Documents that are too short are refused now, not after an hour.
     corpus.window(recipe.seed, 0, length=recipe.length, least=max(recipe.num_slots) + 2 * recipe.chunk_size)
     output.mkdir(parents=True, exist_ok=True)
@@ -86,6 +91,7 @@ def train(
     figures = {
         "recipe": {key: value for key, value in vars(recipe).items()},
         "tokens": recipe.steps * recipe.accumulate * recipe.length,
+        "seconds": round(training.seconds),
         "held_out": training.evaluate(held_out, HELD_OUT_WINDOWS),
     }
     if training.accelerator.is_main_process:

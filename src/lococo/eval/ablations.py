@@ -1,0 +1,214 @@
+"""Ablations: one part of the heads or their training changed at a time, trained, and measured on the same text.
+
+A table in YAML names the common recipe, where the heads are measured, and per row what differs. Trainings that rows
+share run once; what is done is found again after an interruption.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lococo.errors import ArgumentError
+from lococo.eval import perplexity
+from lococo.train.recipe import Recipe
+from lococo.train.run import train
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Use:
+    """Where heads are measured.
+
+    Attributes:
+        num_slots: Mean slots per layer, one or more.
+        chunk_size: Tokens per forward pass.
+        max_length: Tokens of a window.
+        max_windows: Windows per domain.
+        budget: See `budgets.slots_for`.
+    """
+
+    num_slots: tuple[int, ...] = (64, 256)
+    chunk_size: int = 256
+    max_length: int = 2048
+    max_windows: int = 3
+    budget: str = "own"
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One row of the table.
+
+    Attributes:
+        subject: What is varied, such as "kernel size".
+        name: Its value here.
+        use: Where it is measured.
+        recipe: How its heads are trained; None: nothing is trained, `compressor` runs.
+        compressor: Name of a compressor without heads of its own.
+    """
+
+    subject: str
+    name: str
+    use: Use
+    recipe: Recipe | None = None
+    compressor: str = ""
+
+
+@dataclass
+class _Parts:
+    base: Row = field(default_factory=dict)
+    use: Row = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+
+def read_table(file: Path) -> list[Ablation]:
+    """Read a table of ablations.
+
+    Raises:
+        ArgumentError: If it has another shape, or a recipe that cannot be.
+    """
+    import yaml
+
+    try:
+        parts = _Parts(**yaml.safe_load(file.read_text("utf-8")))
+        made = [_ablation(parts, dict(row)) for row in parts.rows]
+    except (yaml.YAMLError, TypeError, ValueError, KeyError, UnicodeDecodeError) as error:
+        raise ArgumentError(
+            f"{file}: expected base, use and rows of ablations, each with subject and name: {error}"
+        ) from error
+    if not made:
+        raise ArgumentError(f"{file} has no rows")
+    return made
+
+
+def _ablation(parts: _Parts, row: Row) -> Ablation:
+    use = Use(**{key: _tuple(value) for key, value in (parts.use | row.pop("use", {})).items()})
+    subject, name = str(row.pop("subject")), str(row.pop("name"))
+    if "compressor" in row:
+        return Ablation(subject, name, use, compressor=str(row.pop("compressor")))
+    changed = row.pop("recipe", {})
+    if row:
+        raise ValueError(f"{subject}, {name} has {', '.join(row)}, which is none of use, recipe and compressor")
+    known = {part.name for part in fields(Recipe)}
+    if unknown := set(changed) - known:
+        raise ValueError(f"{subject}, {name}: a recipe has no {', '.join(sorted(unknown))}")
+    return Ablation(subject, name, use, Recipe(**{key: _tuple(value) for key, value in (parts.base | changed).items()}))
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def run(
+    ablations: list[Ablation],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    data: Path,
+    output: Path,
+    report: Callable[[Row], None],
+    say: Callable[[str], None] = print,
+) -> list[Row]:
+    """Train and measure every row.
+
+    Args:
+        ablations: See `read_table`.
+        model: Not attached.
+        tokenizer: The model's.
+        data: Text, one subfolder per domain, each with parts to train and to measure on, see `corpora.domains`.
+        output: Folder for heads and for what was measured.
+        report: Called with each row of results as it is done.
+        say: Called with a line for people.
+
+    Returns:
+        Rows of `perplexity.evaluate`, each with subject, name, and seconds and tokens of training.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    names = [_trained(ablation, model, tokenizer, data, output, say) for ablation in ablations]
+    rows: list[Row] = []
+    for use in dict.fromkeys(ablation.use for ablation in ablations):
+        same = [(ablation, name) for ablation, name in zip(ablations, names, strict=True) if ablation.use == use]
+        measured = _measured(use, list(dict.fromkeys(name for _, name in same)), model, tokenizer, data, output, say)
+        for ablation, name in same:
+            for row in measured:
+                if row["compressor"] == name:
+                    rows.append({"subject": ablation.subject, "name": ablation.name} | row)
+                    report(rows[-1])
+    return rows
+
+
+def _trained(
+    ablation: Ablation,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Path,
+    output: Path,
+    say: Callable[[str], None],
+) -> str:
+    """Return the compressor of a row, trained if need be."""
+    if ablation.recipe is None:
+        return ablation.compressor
+    folder = output / _key(vars(ablation.recipe))
+    if not (folder / "config.json").exists():
+        say(f"{ablation.subject}, {ablation.name}: training in {folder}")
+        train(model, tokenizer, ablation.recipe, folder, data=[str(data)], say=say)
+    return str(folder)
+
+
+def _measured(
+    use: Use,
+    names: list[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Path,
+    output: Path,
+    say: Callable[[str], None],
+) -> list[Row]:
+    """Return what was measured at one place, from an earlier run if it is all there."""
+    key = _key(vars(use) | {"names": [Path(name).name for name in names]})
+    file = output / f"measured-{key}.jsonl"
+    if not file.exists():
+        say(f"measuring {len(names)} compressors with chunks of {use.chunk_size} and budgets {use.budget}")
+        rows = perplexity.evaluate(model, tokenizer, data=data, compressors=names, **vars(use))
+        partial = file.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        partial.replace(file)
+    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+
+
+def _key(settings: Row) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def summary(rows: list[Row]) -> list[Row]:
+    """Return, per subject, name, number of slots and chunk size, the mean gap over domains and its 95 % interval.
+
+    Args:
+        rows: Of `run`.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in ("subject", "name", "num_slots", "chunk_size")), []).append(row)
+    made = []
+    for (subject, name, num_slots, chunk_size), same in groups.items():
+        low, high = perplexity.mean_interval(same)
+        gap = sum(row["gap"] for row in same) / len(same)
+        by_domain = {row["domain"]: row["gap"] for row in same}
+        made.append(
+            {
+                "subject": subject,
+                "name": name,
+                "num_slots": num_slots,
+                "chunk_size": chunk_size,
+                "gap": gap,
+                "low": low,
+                "high": high,
+                "by_domain": by_domain,
+            }
+        )
+    return made

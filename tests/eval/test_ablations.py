@@ -1,0 +1,91 @@
+from pathlib import Path
+
+import pytest
+from families import tiny
+from test_perplexity import tokenizer  # noqa: F401
+
+from lococo.errors import ArgumentError
+from lococo.eval import ablations
+from lococo.eval.plots import plot_ablations
+
+TABLE = """
+base: {num_slots: [24], chunk_size: 16, length: 100, steps: 2, calibrate_at: []}
+use: {num_slots: [24, 40], chunk_size: 16, max_length: 100, max_windows: 3}
+rows:
+  - {subject: kernel size, name: "5", recipe: {}}
+  - {subject: kernel size, name: "1", recipe: {kernel_size: 1}}
+  - {subject: objective, name: distillation, recipe: {}}
+  - {subject: without training, name: h2o, compressor: h2o}
+  - {subject: chunk size, name: "32", recipe: {}, use: {chunk_size: 32}}
+"""
+
+
+@pytest.fixture
+def data(tmp_path):
+    for domain in ("books", "code"):
+        for part in ("train", "val"):
+            folder = tmp_path / "data" / domain / part
+            folder.mkdir(parents=True)
+            for number in range(3):
+                words = " ".join(f"w{(i * (number + 2)) % 128}" for i in range(400))
+                (folder / f"{number}.txt").write_text(words)
+    return tmp_path / "data"
+
+
+def table_in(folder, text=TABLE):
+    (folder / "table.yaml").write_text(text)
+    return folder / "table.yaml"
+
+
+def test_rows_are_trained_once_and_measured_where_they_say(tmp_path, data, tokenizer):  # noqa: F811
+    rows, said, reported = ablations.read_table(table_in(tmp_path)), [], []
+
+    def run():
+        return ablations.run(
+            rows, tiny(), tokenizer, data=data, output=tmp_path / "out", report=reported.append, say=said.append
+        )
+
+    results = run()
+    assert reported == results
+    assert sum("training in" in line for line in said) == 2
+    # Two domains, and two numbers of slots.
+    assert len(results) == 5 * 4
+    made = ablations.summary(results)
+    found = {(row["subject"], row["name"], row["num_slots"]): row for row in made}
+    assert found["kernel size", "5", 24]["gap"] == found["objective", "distillation", 24]["gap"]
+    assert found["kernel size", "5", 24]["gap"] != found["kernel size", "1", 24]["gap"]
+    assert found["chunk size", "32", 24]["chunk_size"] == 32
+    for row in made:
+        assert row["low"] <= row["gap"] <= row["high"]
+        assert row["gap"] == pytest.approx(sum(row["by_domain"].values()) / 2)
+    said.clear()
+    assert run() == results
+    assert said == []
+    plot_ablations(made, tmp_path / "plot.svg")
+    assert "kernel size" in (tmp_path / "plot.svg").read_text()
+    with pytest.raises(ArgumentError, match=r"name a file such as plot\.svg"):
+        plot_ablations(made, tmp_path / "plot.nonsense")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rows: []", "has no rows"),
+        ("rows: [{name: a}]", "'subject'"),
+        ("rows: [{subject: a, name: b, recipe: {kernel: 3}}]", "a recipe has no kernel"),
+        ("rows: [{subject: a, name: b, recipes: {}}]", "has recipes, which is none of"),
+        ("columns: 1", "columns"),
+        ("rows: [", "expected base, use and rows"),
+    ],
+)
+def test_tables_that_cannot_be(tmp_path, text, message):
+    with pytest.raises(ArgumentError, match=message):
+        ablations.read_table(table_in(tmp_path, text))
+
+
+def test_the_table_that_comes_with_the_project_can_be_read():
+    rows = ablations.read_table(Path(__file__).parents[2] / "recipes" / "ablations.yaml")
+    subjects = {row.subject for row in rows}
+    assert {"kernel size", "objective", "log_mass", "layers of convolution", "slots trained at"} <= subjects
+    # Every subject compares at least two values.
+    assert all(sum(row.subject == subject for row in rows) > 1 for subject in subjects)

@@ -114,7 +114,7 @@ class TestHelp:
         assert cli.main(["--help"]) == 0
         page = capsys.readouterr().out
         assert page.startswith(
-            "usage: lococo [-h] [--version] {demo,run,compress,ask,chat,inspect,train,eval,bench} ..."
+            "usage: lococo [-h] [--version] {demo,run,compress,ask,chat,inspect,train,ablate,eval,bench} ..."
         )
         assert "  eval perplexity   Measure what compression costs" in page
 
@@ -657,6 +657,15 @@ class TestPerplexity:
 
 
 class TestTrain:
+    @pytest.mark.parametrize("recipe", ["smollm2-135m", "redpajama", "proof-pile-2", "paper"])
+    def test_the_recipes_can_be_read(self, recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+        file = Path(__file__).parent.parent / "recipes" / f"{recipe}.yaml"
+        cli.main(["train", "--config", str(file), "-o", "heads", "--print_config"])
+        printed = capsys.readouterr().out
+        for line in file.read_text().splitlines():
+            if line.startswith("steps"):
+                assert line in printed
+
     WORDS = ("--num-slots", "24", "40", "--chunk-size", "16", "--length", "120", "--steps", "2", "--accumulate", "1")
 
     @pytest.fixture

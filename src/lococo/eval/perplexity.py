@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -76,15 +77,15 @@ def evaluate(
             f"windows of {max_length} tokens are longer than the {limit} that the full cache was trained for, "
             "so there is nothing to compare with; lower max_length"
         )
-    settings = {"chunk_size": chunk_size, "positions": positions}
+    attached_with = partial(attach, model, chunk_size=chunk_size, positions=positions)
     # The full cache is read once, whatever the numbers of slots.
-    attached = {("full", 0): attach(model, "full", **settings)}
+    attached = {("full", 0): attached_with("full")}
     for slots in dict.fromkeys(num_slots):
         for name in dict.fromkeys(compressors):
             if name != "full":
                 spread = slots_for(model, tokenizer, budget, compressor=name, num_slots=slots, chunk_size=chunk_size)
                 # Refuses a wrong name or number before an hour of work.
-                attached[name, slots] = attach(model, name, num_slots=slots, slots_per_layer=spread, **settings)
+                attached[name, slots] = attached_with(name, num_slots=slots, slots_per_layer=spread)
     corpus = {
         domain: list(islice(windows_of(tokenizer, files, max_length, 2 * chunk_size + 1), max_windows))
         for domain, files in domains(data).items()

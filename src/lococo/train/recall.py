@@ -88,8 +88,8 @@ def recall_window(
     for start, stop, statement in zip([0, *places], [*places, len(text)], [*statements, []], strict=True):
         ids += text[start:stop] + statement
     asked: list[int] = []
-    for question, value in questions:
-        ids += question + value
+    for asking, value in questions:
+        ids += asking + value
         asked += range(len(ids) - len(value) - 1, len(ids) - 1)
     return Recall(ids, asked)
 

@@ -86,7 +86,7 @@ def train(
 
     training.run(kept)
     training.save(checkpoint)
-    if recipe.learned_scores:
+    if isinstance(training.heads, LearnedHeads) and recipe.learned_scores:
         fit_scores(model, training.heads, corpus, recipe, say)
     figures = {
         "recipe": {key: value for key, value in vars(recipe).items()},

@@ -88,9 +88,9 @@ def recall_window(
     for start, stop, statement in zip([0, *places], [*places, len(text)], [*statements, []], strict=True):
         ids += text[start:stop] + statement
     asked: list[int] = []
-    for asking, value in questions:
-        ids += asking + value
-        asked += range(len(ids) - len(value) - 1, len(ids) - 1)
+    for asking, told in questions:
+        ids += asking + told
+        asked += range(len(ids) - len(told) - 1, len(ids) - 1)
     return Recall(ids, asked)
 
 

@@ -698,7 +698,7 @@ class TestTrain:
         figures = json.loads(said.out)
         assert figures["held_out"].keys() == {"24", "40"}
         assert figures == json.loads((heads / "config.json").read_text())["training"]
-        assert "24 slots: " in said.err
+        assert "loss on held-out text" in said.err
         words = ["run", str(book), "--ask", "Who?", "--model", tiny, "--max-new-tokens", "3", "--json"]
         assert cli.main([*words, "--compressor", str(heads), "--num-slots", "30", "--chunk-size", "16"]) == 0
         result = json.loads(capsys.readouterr().out)

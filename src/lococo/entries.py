@@ -47,11 +47,10 @@ class Entries:
 
     def take(self, index: Tensor) -> "Entries":
         """Return the entries at `index` (b h m), which must ascend along m to keep the temporal order."""
-        rows = index[..., None].expand(-1, -1, -1, self.keys.shape[-1])
         return replace(
             self,
-            keys=self.keys.gather(2, rows),
-            values=self.values.gather(2, index[..., None].expand(-1, -1, -1, self.values.shape[-1])),
+            keys=rows_at(self.keys, index),
+            values=rows_at(self.values, index),
             positions=self.positions.gather(2, index),
             log_mass=self.log_mass.gather(2, index),
             token_index=self.token_index.gather(2, index),
@@ -96,6 +95,18 @@ class Entries:
         return attention_mass(
             self.keys, self.log_mass, queries, scaling=self.scaling, softcap=self.softcap, visible=visible
         )
+
+
+def rows_at(tensor: Tensor, index: Tensor) -> Tensor:
+    """Return the rows of (b h s d) at `index` (b h m), as (b h m d); copies rows whole, which gather does not."""
+    b, h, s, d = tensor.shape
+    return tensor.reshape(-1, d).index_select(0, flat_index(index, s)).view(b, h, -1, d)
+
+
+def flat_index(index: Tensor, s: int) -> Tensor:
+    """Return where the rows at `index` (b h m) of a (b h s d) tensor lie once b, h and s are one dimension."""
+    b, h, _ = index.shape
+    return (index + torch.arange(0, b * h * s, s, device=index.device).view(b, h, 1)).flatten()
 
 
 @torch.no_grad()

@@ -328,7 +328,7 @@ def train(
         raise ArgumentError(f"--output {output} is a file; name a folder")
     if (target / "config.json").exists():
         raise ArgumentError(f"--output {output} holds heads already; name another folder, or delete them")
-    from lococo.train.progress import steps
+    from lococo.train.progress import final_table, steps
     from lococo.train.run import train as run_training
 
     loaded, tokenizer = _loaded(model)
@@ -344,8 +344,9 @@ def train(
             say=say,
             after_step=after_step,
         )
-    for num_slots, loss in figures["held_out"].items():
-        print(f"{num_slots} slots: {loss:.4f} nats per token on held-out text", file=_human(json))
+    from rich.console import Console
+
+    Console(file=_human(json)).print(final_table(figures))
     if json:
         print(jsonlib.dumps(figures))
 

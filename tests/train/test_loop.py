@@ -176,7 +176,9 @@ def test_a_whole_training_gives_heads_that_load(tmp_path):
     assert sorted(path.name for path in (tmp_path / "heads").iterdir()) == ["config.json", "model.safetensors"]
     _, heads = load_heads(tmp_path / "heads", dict.fromkeys(range(4), 24), 12)
     assert sum(heads.slots_per_layer(24)) == 96
-    assert figures["held_out"].keys() == {"24", "40"}
+    assert figures["held_out"].keys() == figures["held_out_before"].keys() == {"24", "40"}
+    assert figures["tokens"] == 4 * 2 * 120
+    assert figures["seconds"] > 0
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lococo.entries import Entries
+from lococo.entries import Entries, flat_index, rows_at
 
 # Cosine by which the last entry is preferred to the first: far above rounding, far below what tells keys apart.
 TIE_BREAK = 0.01
@@ -62,12 +62,9 @@ def merged_by_mass(
     own = mass.gather(2, kept)
     share = mass.gather(2, gone)
     total = own.scatter_add(2, anchor, share)
-    d = entries.values.shape[-1]
-    weighted = (slots.values.float() * own[..., None]).scatter_add(
-        2,
-        anchor[..., None].expand(-1, -1, -1, d),
-        entries.values.gather(2, gone[..., None].expand(-1, -1, -1, d)).float() * share[..., None],
-    )
+    weighted = (slots.values.float() * own[..., None]).flatten(0, 2)
+    added = (rows_at(entries.values, gone).float() * share[..., None]).flatten(0, 2)
+    weighted = weighted.index_add(0, flat_index(anchor, kept.shape[-1]), added).view_as(slots.values)
     log_mass = slots.log_mass + (total / own).log()
     if gain is not None:
         log_mass = log_mass + gain.gather(2, kept)
@@ -82,9 +79,7 @@ def merged_by_mass(
 def _anchors(entries: Entries, gone: Tensor, kept: Tensor) -> Tensor:
     """Return which of the kept entries each of those that go is most similar to, (b h gone)."""
     directions = torch.nn.functional.normalize(entries.unrotated_keys.detach().float(), dim=-1)
-    from_there, to_here = (
-        directions.gather(2, index[..., None].expand(-1, -1, -1, directions.shape[-1])) for index in (gone, kept)
-    )
+    from_there, to_here = rows_at(directions, gone), rows_at(directions, kept)
     similarity = from_there @ to_here.transpose(2, 3)
     # The same token twice has the same key in the first layer: the later one is taken, not what rounding prefers.
     similarity += TIE_BREAK * kept[:, :, None] / len(entries)

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -80,7 +80,7 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safetensors.safe_open(file, "pt") as opened:
             header = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        header["step"], header["seconds"], header["made_with"], header["heads"], KINDS[header["kind"]]
+        header["step"], header["notes"], header["made_with"], header["heads"], KINDS[header["kind"]]
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
         raise FileFormatError(f"{file} is not a readable checkpoint: {error!r}; delete it to start again") from error
     return header, tensors
@@ -105,8 +105,8 @@ class Training:
         self.corpus = corpus
         self.recipe = recipe
         self.step = 0
-        # Of all steps, in earlier processes too.
-        self.seconds = 0.0
+        # What is kept with every checkpoint and told with the heads.
+        self.notes: dict[str, Any] = {"seconds": 0.0, "tokens": 0}
         # Scores are fitted apart, see `scores`.
         named = {name: p for name, p in heads.named_parameters() if not name.startswith("scorers.")}
         self.trained = list(named.values())
@@ -132,17 +132,18 @@ class Training:
             row = self._one_step()
             self.step += 1
             seconds = time.perf_counter() - start
-            self.seconds += seconds
+            self.notes["seconds"] += seconds
+            self.notes["tokens"] += row["tokens"]
             after_step({**row, "step": self.step, "tokens_per_second": row["tokens"] / seconds})
 
     @torch.no_grad()
-    def evaluate(self, corpus: Corpus, windows: int) -> dict[str, float]:
-        """Return, by number of slots, the loss on so many windows of a corpus, nats per token."""
+    def evaluate(self, corpus: Corpus, windows: int, num_slots: Iterable[int] = ()) -> dict[str, float]:
+        """Return the loss on so many windows of a corpus, by number of slots: those that are trained at, or these."""
         return {
-            str(num_slots): math.fsum(
-                self._window(self._ids(corpus, -1, number, num_slots), num_slots) / windows for number in range(windows)
+            str(slots): math.fsum(
+                self._window(self._ids(corpus, -1, number, slots), slots) / windows for number in range(windows)
             )
-            for num_slots in sorted(set(self.recipe.num_slots))
+            for slots in sorted(set(num_slots or self.recipe.num_slots))
         }
 
     def _one_step(self) -> Row:
@@ -232,7 +233,7 @@ class Training:
             tensors |= {f"adam.{name}.{key}": torch.as_tensor(value) for key, value in state.items()}
         header = {
             "step": str(self.step),
-            "seconds": str(self.seconds),
+            "notes": json.dumps(self.notes),
             "made_with": self._made_with(),
             "kind": self.heads.kind,
         }
@@ -254,7 +255,7 @@ class Training:
                 f"{file} was made with another recipe or model ({made_with}) than this one ({self._made_with()}); "
                 "use the same, or another folder"
             )
-        self.step, self.seconds = int(header["step"]), float(header["seconds"])
+        self.step, self.notes = int(header["step"]), json.loads(header["notes"])
         self.heads.load_state_dict({n.removeprefix("heads."): t for n, t in tensors.items() if n.startswith("heads.")})
         for name, parameter in self.heads.named_parameters():
             prefix = f"adam.{name}."

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from lococo.errors import ArgumentError
 
@@ -39,13 +40,20 @@ def steps(total: int, logs: Path | None) -> Iterator[tuple[Callable[[str], None]
     with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=total, figures="")
 
+        held_out = ""
+
         def after_step(row: Row) -> None:
-            figures = f"{row['num_slots']} slots: loss {row['loss']:.4f}"
+            nonlocal held_out
+            if "held_out" in row:
+                held_out = f", held out {row['held_out']:.4f}"
+            figures = f"{row['num_slots']} slots: loss {row['loss']:.4f}{held_out}"
             bar.update(task, completed=row["step"], figures=f"{figures}, {row['tokens_per_second']:,.0f} tokens/s")
             if bar.disable and row["step"] % LINE_EVERY == 0:
                 console.print(f"step {row['step']} of {total}, {figures}, {row['tokens_per_second']:,.0f} tokens/s")
             if writer is not None:
                 writer.add_scalar(f"loss/{row['num_slots']}", row["loss"], row["step"])
+                if "held_out" in row:
+                    writer.add_scalar("loss/held_out", row["held_out"], row["step"])
 
         try:
             yield console.print, after_step
@@ -60,3 +68,16 @@ def _writer(logs: Path) -> Any:
     except ImportError as error:
         raise ArgumentError("--logs needs tensorboard; install `lococo[train]`") from error
     return SummaryWriter(logs)
+
+
+def final_table(figures: Row) -> Table:
+    """Return what the training has done to the loss on text that was kept apart, by number of slots.
+
+    Args:
+        figures: Of `run.train`.
+    """
+    made = Table("slots", "before", "after", "", title="loss on held-out text, nats per token")
+    for num_slots, after in figures["held_out"].items():
+        before = figures["held_out_before"][num_slots]
+        made.add_row(num_slots, f"{before:.4f}", f"{after:.4f}", f"{after / before - 1:+.0%}" if before else "")
+    return made

@@ -27,8 +27,11 @@ CHECKPOINT = "checkpoint.safetensors"
 CALIBRATION_WINDOWS = 6
 CALIBRATION_GROUPS = 15
 
-# Windows that were kept apart, on which the heads are measured.
-HELD_OUT_WINDOWS = 8
+# Windows that were kept apart, on which the heads are measured before and after; one for each of a few domains.
+HELD_OUT_WINDOWS = 4
+
+# And those on which they are measured along the way.
+HELD_OUT_BETWEEN = 2
 
 
 def train(
@@ -54,10 +57,12 @@ def train(
         documents: Taken of each data set of the hub, at most.
         save_every: Steps between checkpoints.
         say: Called with a line for people.
-        after_step: Called with each step's figures.
+        after_step: Called with each step's figures, see `Training.run`; every `save_every` steps with held_out, the
+            loss on text that was kept apart, at the smallest number of slots.
 
     Returns:
-        What is written into the heads' config: recipe, tokens, seconds and the held-out figures before and after.
+        What is written into the heads' config: recipe, tokens, seconds, and held_out_before and held_out, the loss by
+        number of slots on text that was kept apart.
     """
     if data:
         corpus, held_out = corpus_of(data, tokenizer, documents=documents, seed=recipe.seed)
@@ -77,12 +82,16 @@ def train(
             say(f"measuring the layers' shares of {num_slots} slots")
             budgets[num_slots] = _weights(model, corpus, recipe, num_slots)
         training = Training(model, new_heads(model, recipe, budgets), corpus, recipe)
+        training.notes["held_out_before"] = training.evaluate(held_out, HELD_OUT_WINDOWS)
         training.save(checkpoint)
 
+    fewest = min(recipe.num_slots)
+
     def kept(row: Row) -> None:
-        after_step(row)
         if row["step"] % save_every == 0:
+            row["held_out"] = training.evaluate(held_out, HELD_OUT_BETWEEN, [fewest])[str(fewest)]
             training.save(checkpoint)
+        after_step(row)
 
     training.run(kept)
     training.save(checkpoint)
@@ -90,8 +99,7 @@ def train(
         fit_scores(model, training.heads, corpus, recipe, say)
     figures = {
         "recipe": {key: value for key, value in vars(recipe).items()},
-        "tokens": recipe.steps * recipe.accumulate * recipe.length,
-        "seconds": round(training.seconds),
+        **training.notes,
         "held_out": training.evaluate(held_out, HELD_OUT_WINDOWS),
     }
     if training.accelerator.is_main_process:

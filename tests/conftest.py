@@ -38,3 +38,21 @@ def default_model() -> tuple[Any, Any]:
     except ModelError as error:
         pytest.skip(f"no default model: {error}")
     return model, tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny model, for the command line."""
+    from commands import save_llama
+
+    return save_llama(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    """A text longer than the slots that the tests of the command line use."""
+    from commands import WORDS
+
+    path = tmp_path / "book.txt"
+    path.write_text(WORDS * 5, encoding="utf-8")
+    return path

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lococo import verbs
+from lococo import measuring, verbs
 from lococo.errors import ArgumentError, LococoError
 
 if TYPE_CHECKING:
@@ -26,11 +26,11 @@ VERBS: dict[str, Callable[..., None]] = {
     "ask": verbs.ask,
     "chat": verbs.chat,
     "inspect": verbs.inspect,
-    "train": verbs.train,
-    "ablate": verbs.ablate,
-    "eval perplexity": verbs.eval_perplexity,
-    "eval needle": verbs.eval_needle,
-    "bench": verbs.bench,
+    "train": measuring.train,
+    "ablate": measuring.ablate,
+    "eval perplexity": measuring.eval_perplexity,
+    "eval needle": measuring.eval_needle,
+    "bench": measuring.bench,
 }
 
 SHORT = {"output": "-o"}

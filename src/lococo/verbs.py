@@ -1,23 +1,19 @@
-"""The verbs of the command line: plain functions whose signatures and docstrings are its flags and help.
+"""The verbs that read and answer: plain functions whose signatures and docstrings are their flags and help.
 
 Nothing here imports torch before a verb runs. Every verb checks its files first, then loads the model, then reads.
 """
 
 import json as jsonlib
 import sys
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lococo.errors import ArgumentError
-from lococo.files import check_exists, check_not_input, check_output, rows_file, text_of
-from lococo.options import AnswerOptions, ModelOptions, SlotOptions, check_at_least_one
-from lococo.train.recipe import Recipe
+from lococo.files import check_exists, check_not_input, check_output, text_of
+from lococo.options import AnswerOptions, ModelOptions, SlotOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from collections.abc import Iterable
 
 CONTEXT = "a context that `lococo compress` wrote"
 
@@ -31,7 +27,7 @@ def demo(*, model: ModelOptions, json: bool = False) -> None:
     """
     from lococo.demo import show
 
-    result = show(model, _human(json))
+    result = show(model, human(json))
     if json:
         print(jsonlib.dumps(result))
 
@@ -58,7 +54,7 @@ def run(
         reading = session.read(cache, text)
         result = session.figures(cache, len(reading.token_ids))
         result["tokens_per_second"] = round(reading.tokens_per_second, 1)
-        result["answer"] = _streamed(session.answer(cache, ask, answer), _human(json))
+        result["answer"] = _streamed(session.answer(cache, ask, answer), human(json))
     print(_summary(result), file=sys.stderr)
     if json:
         print(jsonlib.dumps(result))
@@ -96,7 +92,7 @@ def compress(
         save_context(path, cache, model=session.model, tokenizer=session.tokenizer, token_ids=reading.token_ids)
         result = session.figures(cache, len(reading.token_ids))
     result.update(tokens_per_second=round(reading.tokens_per_second, 1), path=str(path), nbytes=path.stat().st_size)
-    print(f"{_summary(result)}\nsaved as {path}", file=_human(json))
+    print(f"{_summary(result)}\nsaved as {path}", file=human(json))
     if json:
         print(jsonlib.dumps(result))
 
@@ -118,7 +114,7 @@ def ask(context: str, question: str, *, model: ModelOptions, answer: AnswerOptio
 
     with resumed(path, model) as (session, cache, token_ids, _):
         result = session.figures(cache, len(token_ids))
-        result["answer"] = _streamed(session.answer(cache, question, answer), _human(json))
+        result["answer"] = _streamed(session.answer(cache, question, answer), human(json))
     if json:
         print(jsonlib.dumps(result))
 
@@ -180,298 +176,14 @@ def inspect(
     ids = token_ids.tolist()
     if layer is not None:
         chosen = inspect_context.head_of(kept, layer, head or 0)
-        result = inspect_context.show_head(chosen, ids, session.tokenizer, _human(json))
+        result = inspect_context.show_head(chosen, ids, session.tokenizer, human(json))
     else:
-        result = inspect_context.show(kept, info, ids, session.tokenizer, target, _human(json))
+        result = inspect_context.show(kept, info, ids, session.tokenizer, target, human(json))
     if json:
         print(jsonlib.dumps(result))
 
 
-def eval_perplexity(
-    *,
-    data: str,
-    compressor: list[str],
-    num_slots: tuple[int, ...] = (512,),
-    chunk_size: int = 256,
-    max_length: int = 4096,
-    max_windows: int | None = None,
-    json: str,
-    positions: Literal["packed", "original"] = "packed",
-    budget: Literal["own", "uniform", "pyramid", "calibrated"] = "own",
-    model: ModelOptions,
-) -> None:
-    """Measure what compression costs in nats per token, on texts of several domains.
-
-    Args:
-        data: One subfolder per domain, of .txt or .jsonl files with a `text` field.
-        compressor: Names to compare, one or more; the full cache is always measured with them.
-        num_slots: Entries that survive a compression, mean over the layers; one number or more.
-        chunk_size: Tokens per forward pass.
-        max_length: Tokens of a window; tokens from the third chunk on count.
-        max_windows: Windows per domain, one of each document in turn; all by default.
-        json: File for the results, one JSON object per line; replaced once all are there.
-        positions: packed reads texts of any length; original refuses those longer than the model's window.
-        budget: How the slots are spread over the layers, at an equal total; own: as learned, or else uniform.
-        model: Which model reads.
-    """
-    check_at_least_one(num_slots=min(num_slots, default=0), chunk_size=chunk_size, max_length=max_length)
-    if max_windows is not None:
-        check_at_least_one(max_windows=max_windows)
-    target = _checked(data, json)
-    from lococo.eval import perplexity
-    from lococo.progress import counting
-
-    loaded, tokenizer = _loaded(model)
-    with rows_file(target) as report, counting("windows") as progress:
-        rows = perplexity.evaluate(
-            loaded,
-            tokenizer,
-            data=Path(data).expanduser(),
-            compressors=compressor,
-            num_slots=num_slots,
-            chunk_size=chunk_size,
-            max_length=max_length,
-            max_windows=max_windows,
-            positions=positions,
-            budget=budget,
-            report=report,
-            progress=progress,
-        )
-    from rich.console import Console
-
-    from lococo.eval.tables import tables
-
-    Console().print(*tables(rows))
-
-
-def eval_needle(
-    *,
-    data: str,
-    compressor: list[str],
-    num_slots: int = 256,
-    chunk_size: int = 256,
-    lengths: list[int],
-    trials: int = 50,
-    seed: int = 0,
-    json: str,
-    model: ModelOptions,
-) -> None:
-    """Measure retrieval: hide a key and a number in real texts, and ask for the number after them.
-
-    Args:
-        data: One subfolder per domain, of .txt or .jsonl files with a `text` field.
-        compressor: Names to compare, one or more; the full cache is always measured with them.
-        num_slots: Entries that survive a compression, mean over the layers.
-        chunk_size: Tokens per forward pass.
-        lengths: Tokens of text, needle and question, one number or more.
-        trials: Texts per length; ten depths take turns.
-        seed: Of keys and numbers.
-        json: File for the results, one JSON object per line; replaced once all are there.
-        model: Which model reads.
-    """
-    check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, trials=trials, lengths=min(lengths))
-    target = _checked(data, json)
-    from rich.console import Console
-
-    from lococo.eval import needle
-    from lococo.eval.tables import accuracy_table
-    from lococo.progress import counting
-
-    loaded, tokenizer = _loaded(model)
-    with rows_file(target) as report, counting("trials") as progress:
-        rows = needle.evaluate(
-            loaded,
-            tokenizer,
-            data=Path(data).expanduser(),
-            compressors=compressor,
-            num_slots=num_slots,
-            chunk_size=chunk_size,
-            lengths=lengths,
-            trials=trials,
-            seed=seed,
-            report=report,
-            progress=progress,
-        )
-    Console().print(accuracy_table(rows))
-
-
-def train(
-    *,
-    output: str,
-    data: tuple[str, ...] = (),
-    documents: int = 10_000,
-    save_every: int = 20,
-    logs: str | None = None,
-    json: bool = False,
-    recipe: Recipe,
-    model: ModelOptions,
-) -> None:
-    """Train compression heads for a model whose own weights stay as they are.
-
-    Args:
-        output: Folder for the heads; a training that was stopped goes on from the checkpoint in it.
-        data: Folders of .txt or .jsonl files, their subfolders being domains, of which only the part named train is
-            read; data sets of the hub such as hf:owner/name or hf:owner/name:subset; Python's own library by default.
-        documents: Taken of each data set of the hub, at most.
-        save_every: Steps between checkpoints.
-        logs: Folder for TensorBoard's logs.
-        json: Print one JSON object on stdout at the end, and everything else on stderr.
-        recipe: How the heads are trained.
-        model: Which model they are for.
-    """
-    check_at_least_one(save_every=save_every, documents=documents)
-    for source in data:
-        if not source.startswith("hf:") and not Path(source).expanduser().is_dir():
-            raise ArgumentError(f"--data {source}: no such folder; expected one with text files, or hf:owner/name")
-    target = Path(output).expanduser()
-    if target.exists() and not target.is_dir():
-        raise ArgumentError(f"--output {output} is a file; name a folder")
-    if (target / "config.json").exists():
-        raise ArgumentError(f"--output {output} holds heads already; name another folder, or delete them")
-    from lococo.train.progress import final_table, steps
-    from lococo.train.run import train as run_training
-
-    loaded, tokenizer = _loaded(model)
-    with steps(recipe.steps, None if logs is None else Path(logs).expanduser()) as (say, after_step):
-        figures = run_training(
-            loaded,
-            tokenizer,
-            recipe,
-            target,
-            data=data,
-            documents=documents,
-            save_every=save_every,
-            say=say,
-            after_step=after_step,
-        )
-    from rich.console import Console
-
-    Console(file=_human(json)).print(final_table(figures))
-    if json:
-        print(jsonlib.dumps(figures))
-
-
-def ablate(table: str, *, data: str, output: str, json: str, plot: str | None = None, model: ModelOptions) -> None:
-    """Train and measure a table of ablations: one part of the heads changed at a time, on the same text.
-
-    Args:
-        table: YAML with the common recipe, where heads are measured, and rows; see recipes/ablations.yaml.
-        data: One subfolder per domain, of .txt or .jsonl files, with parts named train and val.
-        output: Folder for the heads; what is done there already is not done again.
-        json: File for the results, one JSON object per line; replaced once all are there.
-        plot: Picture to draw of them, such as ablations.svg.
-        model: Which model the heads are for.
-    """
-    path = Path(table).expanduser()
-    check_exists(path, "a table of ablations in YAML")
-    target = _checked(data, json)
-    picture = None if plot is None else Path(plot).expanduser()
-    if picture is not None:
-        check_output(picture, force=True)
-    from rich.console import Console
-
-    from lococo.eval import ablations
-    from lococo.eval.plots import plot_ablations
-    from lococo.eval.tables import ablation_table
-
-    rows = ablations.read_table(path)
-    loaded, tokenizer = _loaded(model)
-    with rows_file(target) as report:
-        results = ablations.run(
-            rows,
-            loaded,
-            tokenizer,
-            data=Path(data).expanduser(),
-            output=Path(output).expanduser(),
-            report=report,
-            say=partial(print, file=sys.stderr),
-        )
-    made = ablations.summary(results)
-    Console().print(ablation_table(made))
-    if picture is not None:
-        plot_ablations(made, picture)
-
-
-def bench(
-    *,
-    lengths: list[int],
-    compressor: list[str],
-    num_slots: int = 512,
-    chunk_size: int = 256,
-    repeats: int = 5,
-    decode_tokens: int = 32,
-    exact_memory: bool = False,
-    json: str,
-    model: ModelOptions,
-) -> None:
-    """Measure speed and memory of reading and decoding, compressors taking turns, each in a fresh process.
-
-    Args:
-        lengths: Tokens of the prompt, one number or more.
-        compressor: Names to compare, one or more; full is transformers' own cache.
-        num_slots: Entries that survive a compression, per layer and key/value head.
-        chunk_size: Tokens per forward pass.
-        repeats: Rounds, of which the medians are taken.
-        decode_tokens: Tokens decoded after the prompt.
-        exact_memory: Count only what tensors take, not what the allocator keeps of it; slower, so not for speeds.
-        json: File for the results, one JSON object per line; replaced once all are there.
-        model: Which model reads.
-    """
-    check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, repeats=repeats, decode_tokens=decode_tokens)
-    check_at_least_one(lengths=min(lengths))
-    target = Path(json).expanduser()
-    check_output(target, force=True)
-    from rich.console import Console
-
-    from lococo.bench import measure
-    from lococo.progress import counting
-
-    rows: list[dict[str, Any]] = []
-    with rows_file(target) as report, counting("measurements") as progress:
-        total = len(lengths) * repeats * len(compressor)
-        for number, length in enumerate(lengths):
-            settings = [
-                measure.Setting(
-                    name,
-                    length,
-                    num_slots=num_slots,
-                    chunk_size=chunk_size,
-                    dtype=model.dtype,
-                    device=model.device,
-                    model=model.model,
-                    decode_tokens=decode_tokens,
-                    exact_memory=exact_memory,
-                )
-                for name in compressor
-            ]
-            before = number * repeats * len(compressor)
-            for row in measure.bench(settings, repeats=repeats, progress=partial(_shifted, progress, before, total)):
-                rows.append(row)
-                report(row)
-    Console().print(measure.table(rows))
-
-
-def _shifted(progress: "Callable[[int, int], None]", before: int, total: int, done: int) -> None:
-    """Report what is done of one length as part of all lengths."""
-    progress(before + done, total)
-
-
-def _checked(data: str, json: str) -> Path:
-    """Refuse a folder of texts that is not there, and a file that cannot be written; return the latter."""
-    if not Path(data).expanduser().is_dir():
-        raise ArgumentError(f"--data {data}: no such folder; expected one with a subfolder per domain")
-    target = Path(json).expanduser()
-    check_output(target, force=True)
-    return target
-
-
-def _loaded(model: ModelOptions) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    from lococo.models import load_model
-
-    return load_model(model.model, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code)
-
-
-def _human(json: bool) -> TextIO:
+def human(json: bool) -> TextIO:
     """Return where text for people goes: stdout, unless that is kept for JSON."""
     return sys.stderr if json else sys.stdout
 

@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 from families import tiny
-from test_perplexity import tokenizer  # noqa: F401
 
 from lococo.errors import ArgumentError
 from lococo.eval import ablations
@@ -37,7 +36,7 @@ def table_in(folder, text=TABLE):
     return folder / "table.yaml"
 
 
-def test_rows_are_trained_once_and_measured_where_they_say(tmp_path, data, tokenizer):  # noqa: F811
+def test_rows_are_trained_once_and_measured_where_they_say(tmp_path, data, tokenizer):
     rows, said, reported = ablations.read_table(table_in(tmp_path)), [], []
 
     def run():

@@ -1,20 +1,9 @@
 import pytest
 from families import tiny
 from test_perplexity import document, write
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import PreTrainedTokenizerFast
 
 from lococo.errors import ArgumentError, DocumentError
 from lococo.eval import needle
-
-
-@pytest.fixture
-def tokenizer():
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
 
 
 @pytest.fixture

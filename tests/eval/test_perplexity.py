@@ -3,21 +3,11 @@ import json
 import pytest
 import torch
 from families import tiny
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import DynamicCache
 
 from lococo.corpora import domains
 from lococo.errors import ArgumentError, DocumentError
 from lococo.eval.perplexity import difference, evaluate, interval
-
-
-@pytest.fixture
-def tokenizer():
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
-    words.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
 
 
 def document(length, seed):

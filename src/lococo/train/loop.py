@@ -97,8 +97,16 @@ class Training:
             heads: See `new_heads`.
             corpus: What to train on.
             recipe: How.
+
+        Raises:
+            ArgumentError: If the windows of a step cannot be shared by the processes.
         """
         self.accelerator = Accelerator()
+        if recipe.accumulate % (processes := self.accelerator.num_processes):
+            raise ArgumentError(
+                f"{recipe.accumulate} windows per step cannot be shared by {processes} processes; "
+                "set accumulate to a multiple of them"
+            )
         self.model = model.to(self.accelerator.device).requires_grad_(False)
         self.heads = heads.to(self.accelerator.device)
         self.compressor = of_heads(self.heads, heads.kind)
@@ -148,8 +156,6 @@ class Training:
 
     def _one_step(self) -> Row:
         recipe, processes = self.recipe, self.accelerator.num_processes
-        if recipe.accumulate % processes:
-            raise ArgumentError(f"{recipe.accumulate} windows per step cannot be shared by {processes} processes")
         num_slots = recipe.num_slots[self.step % len(recipe.num_slots)]
         loss, tokens = torch.zeros((), device=self.accelerator.device), 0
         for number in range(self.accelerator.process_index, recipe.accumulate, processes):

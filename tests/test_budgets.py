@@ -1,11 +1,12 @@
 import json
+from copy import deepcopy
 
 import pytest
 import torch
 from families import tiny, tokens
 
 import lococo
-from lococo.budgets import calibrated, pyramid, shares
+from lococo.budgets import calibrated, calibration_weights, pyramid, shares
 from lococo.errors import ArgumentError
 
 
@@ -46,6 +47,20 @@ def test_calibration_gives_the_sensitive_layers_more(monkeypatch):
     assert len(lines) == 4
     with lococo.attach(model, "streaming-llm", num_slots=20, chunk_size=16, slots_per_layer=slots) as attached:
         assert attached.new_cache().num_slots == 20
+
+
+def test_a_model_in_half_precision_is_measured_in_float32():
+    rounded = deepcopy(tiny()).to(torch.bfloat16)
+    twin = deepcopy(rounded).float()
+    # What RoPE computes with is float32 in both.
+    rounded.model.rotary_emb = deepcopy(twin.model.rotary_emb)
+    weights = {name: tensor.clone() for name, tensor in rounded.state_dict().items()}
+    options = {"compressor": "h2o", "num_slots": 20, "chunk_size": 16, "groups": 4}
+    measured = [calibration_weights(model, [tokens(1, 120)], **options) for model in (rounded, twin)]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-3)
+    assert {name: (tensor.dtype, True) for name, tensor in weights.items()} == {
+        name: (tensor.dtype, torch.equal(tensor, weights[name])) for name, tensor in rounded.state_dict().items()
+    }
 
 
 def test_a_calibration_is_done_once(monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -146,7 +146,8 @@ def calibration_weights(
     """Measure how sensitive each group of layers is; return the square root of it for every layer.
 
     The sensitivity of a group is the divergence from the full cache's predictions when only that group is compressed.
-    The square root is the share that is best if a layer's loss falls with the inverse of its slots.
+    The square root is the share that is best if a layer's loss falls with the inverse of its slots. A model in half
+    precision is measured in float32, since rounding alone moves predictions by more than some layers do.
 
     Args:
         model: Not attached.
@@ -166,20 +167,34 @@ def calibration_weights(
             f"got {shortest}"
         )
     sums, count = [0.0] * (len(bounds) - 1), 0
-    for ids in windows:
-        length = ids.shape[1]
-        full = _log_probabilities(model, ids, compressor, [length] * layers, chunk_size)
-        count += len(full)
-        for group, (first, last) in enumerate(pairwise(bounds)):
-            slots = [num_slots if first <= i < last else length for i in range(layers)]
-            some = _log_probabilities(model, ids, compressor, slots, chunk_size)
-            sums[group] += (full.exp() * (full - some)).sum().item()
+    with _in_float32(model):
+        for ids in windows:
+            length = ids.shape[1]
+            full = _log_probabilities(model, ids, compressor, [length] * layers, chunk_size)
+            count += len(full)
+            for group, (first, last) in enumerate(pairwise(bounds)):
+                slots = [num_slots if first <= i < last else length for i in range(layers)]
+                some = _log_probabilities(model, ids, compressor, slots, chunk_size)
+                sums[group] += (full.exp() * (full - some)).sum().item()
     sensitivity: list[float] = []
     for total, (first, last) in zip(sums, pairwise(bounds), strict=True):
         sensitivity += [max(total / count, 0.0) / (last - first)] * (last - first)
         if progress is not None:
             progress(f"layers {first} to {last - 1}: {total / count:.4f} nats from the full cache")
     return [math.sqrt(value) for value in sensitivity] if sum(sensitivity) > 0 else [1.0] * layers
+
+
+@contextlib.contextmanager
+def _in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Hold a model's weights in float32 for a while; buffers, such as RoPE's frequencies, are left alone."""
+    before = [(parameter, parameter.dtype) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.data = parameter.data.float()
+        yield
+    finally:
+        for parameter, dtype in before:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _least(model: PreTrainedModel, compressor: str, num_slots: int) -> int:

@@ -62,6 +62,11 @@ class Entries:
         """The keys as they were before RoPE, (b h s d)."""
         return self.rotary.rotate(self.keys, -self.positions)
 
+    @cached_property
+    def key_directions(self) -> Tensor:
+        """The keys before RoPE, each of length 1, (b h s d), float32, without gradient."""
+        return torch.nn.functional.normalize(self.unrotated_keys.detach().float(), dim=-1)
+
     def chunk_mass(self, last: int | None = None) -> Tensor:
         """Return the mass that the last chunk's own (causal) attention gave each entry, (b h s).
 

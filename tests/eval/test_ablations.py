@@ -8,7 +8,7 @@ from lococo.eval import ablations
 from lococo.eval.plots import plot_ablations
 
 TABLE = """
-base: {num_slots: [24], chunk_size: 16, length: 100, steps: 2, calibrate_at: []}
+base: {num_slots: [24], chunk_size: 16, length: 100, steps: 2, calibrate_at: [], learned_scores: false}
 use: {num_slots: [24, 40], chunk_size: 16, max_length: 100, max_windows: 3}
 rows:
   - {subject: kernel size, name: "5", recipe: {}}

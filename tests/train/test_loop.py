@@ -95,6 +95,7 @@ def test_attention_matching_lowers_its_error_and_leaves_norms_alone(tmp_path):
 
 
 PAPER = {"heads": "lococo-paper", "objective": "next-token", "num_slots": (24,), "compressions": 1, "warm_up": 0}
+PAPER |= {"learned_scores": False}
 
 
 @pytest.mark.parametrize("mix", [0.0, 0.5])
@@ -172,7 +173,7 @@ def test_a_whole_training_gives_heads_that_load(tmp_path):
     figures = train(trained.model, trained.corpus.tokenizer, recipe, tmp_path / "heads", save_every=2, **arguments)
     assert said[:2] == ["measuring the layers' shares of 24 slots", "going on after step 2 of 4"]
     assert said[2] == "reading 4 windows to fit scores to"
-    assert "future attention lost to what goes, held out: " in said[3]
+    assert "looked ahead and asked for, held out: " in said[3]
     assert sorted(path.name for path in (tmp_path / "heads").iterdir()) == ["config.json", "model.safetensors"]
     _, heads = load_heads(tmp_path / "heads", dict.fromkeys(range(4), 24), 12)
     assert sum(heads.slots_per_layer(24)) == 96

@@ -25,6 +25,10 @@ RECENT = 16
 # Numbers about an entry that the nets see besides its key and value; see `facts_of`.
 FACTS = 7
 
+# Slots of a layer from which on scorers count in full; with fewer, keeping what may be asked for costs more than it
+# gains, and they count less by the third power (docs/log.md).
+FULL_SCORES_SLOTS = 256
+
 # Where a scorer's softplus starts: nearly flat, so that entries which nobody asks for keep the mass they have.
 BONUS_START = -4.0
 
@@ -144,7 +148,7 @@ class LearnedHeads(nn.Module):
         mass = entries.future_mass.clamp(min=1e-9)
         content, facts = content_of(entries), facts_of(entries, mass)
         if self.form.learned_scores:
-            mass = raised(mass, self.scorers[str(layer_idx)](content, facts)[0])
+            mass = raised(mass, self.scorers[str(layer_idx)](content, facts)[0], num_slots)
         if least is not None:
             mass = mass.maximum(least)
         scores = mass.detach().clone()  # which entries stay is no smooth choice
@@ -168,17 +172,19 @@ class LearnedHeads(nn.Module):
         return [low ** (1 - share) * high**share for low, high in pairs]
 
 
-def raised(mass: Tensor, bonus: Tensor) -> Tensor:
+def raised(mass: Tensor, bonus: Tensor, num_slots: int) -> Tensor:
     """Add to the mass of entries, (b h s), what a scorer says, in units of the mean; nothing where it says 0."""
     start = nn.functional.softplus(bonus.new_tensor(BONUS_START))
     more = nn.functional.softplus(bonus + BONUS_START) - start
-    return (mass + mass.mean(-1, keepdim=True) * more).clamp(min=1e-9)
+    strength = min(1.0, num_slots / FULL_SCORES_SLOTS) ** 3
+    return (mass + strength * mass.mean(-1, keepdim=True) * more).clamp(min=1e-9)
 
 
 def content_of(entries: Entries) -> Tensor:
     """Return the directions of keys (before RoPE) and values, each of length sqrt(d), (b h s 2d)."""
-    both = (entries.unrotated_keys.detach().float(), entries.values.detach().float())
-    return torch.cat([nn.functional.normalize(x, dim=-1) * x.shape[-1] ** 0.5 for x in both], -1)
+    values = nn.functional.normalize(entries.values.detach().float(), dim=-1)
+    both = torch.cat([entries.key_directions, values], -1)
+    return both * (both.shape[-1] / 2) ** 0.5
 
 
 def facts_of(entries: Entries, mass: Tensor) -> Tensor:

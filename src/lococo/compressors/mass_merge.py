@@ -78,8 +78,7 @@ def merged_by_mass(
 
 def _anchors(entries: Entries, gone: Tensor, kept: Tensor) -> Tensor:
     """Return which of the kept entries each of those that go is most similar to, (b h gone)."""
-    directions = torch.nn.functional.normalize(entries.unrotated_keys.detach().float(), dim=-1)
-    from_there, to_here = rows_at(directions, gone), rows_at(directions, kept)
+    from_there, to_here = rows_at(entries.key_directions, gone), rows_at(entries.key_directions, kept)
     similarity = from_there @ to_here.transpose(2, 3)
     # The same token twice has the same key in the first layer: the later one is taken, not what rounding prefers.
     similarity += TIE_BREAK * kept[:, :, None] / len(entries)

@@ -12,10 +12,6 @@ from lococo.cache import SlotCache
 from lococo.entries import Entries, attention_mass
 from lococo.slot_layer import SlotLayer
 
-# How far beyond the next compression a score should see, in chunks, and what each further chunk counts.
-HORIZON = 2
-DISCOUNT = 0.5
-
 
 class Recorder:
     """A compressor that never compresses, for a cache that keeps all queries of a window."""
@@ -70,33 +66,8 @@ def teach(attachment: Attachment, model: PreTrainedModel, ids: Tensor, compared:
     return Teacher(output.logits.float().log_softmax(-1), cache, compared)
 
 
-def future_mass(teacher: Teacher, layer_idx: int, entries: Entries, *, seen: int, chunk_size: int) -> Tensor | None:
-    """Return the attention that the next queries of the text, in the full cache's own words, will give to entries.
-
-    Args:
-        teacher: Of the window.
-        layer_idx: The layer.
-        entries: Of a batch of one row.
-        seen: Tokens of the window read so far.
-        chunk_size: Tokens per forward pass, of which HORIZON count, each further one DISCOUNT times as much.
-
-    Returns:
-        Mass per query, (b h s); None where less than half a chunk of the window is left.
-    """
-    queries = teacher.layer(layer_idx).queries
-    assert queries is not None
-    stop = min(seen + HORIZON * chunk_size, queries.shape[3])
-    if stop - seen < chunk_size // 2:
-        return None
-    ahead = torch.arange(stop - seen, device=entries.keys.device)
-    weight = DISCOUNT ** (ahead // chunk_size).float()
-    return later_mass(teacher, layer_idx, entries, seen=seen, places=seen + ahead, weight=weight)
-
-
 @torch.no_grad()
-def later_mass(
-    teacher: Teacher, layer_idx: int, entries: Entries, *, seen: int, places: Tensor, weight: Tensor | None = None
-) -> Tensor:
+def later_mass(teacher: Teacher, layer_idx: int, entries: Entries, *, seen: int, places: Tensor) -> Tensor:
     """Return the attention that later queries, in the full cache's own words, will give to entries.
 
     Args:
@@ -105,7 +76,6 @@ def later_mass(
         entries: Of a batch of one row; what they leave out of the text read so far is not attended to.
         seen: Tokens of the window read so far.
         places: Of the queries in the window, none before `seen`, (q).
-        weight: What each query counts, (q); None: all the same.
 
     Returns:
         Mass per query, (b h s).
@@ -116,7 +86,6 @@ def later_mass(
     stop = int(places.max()) + 1
     keys = torch.cat([entries.keys, layer.keys[:, :, seen:stop]], 2)
     log_mass = torch.cat([entries.log_mass, entries.log_mass.new_zeros(*keys.shape[:2], stop - seen)], 2)
-    weight = torch.ones(len(places), device=keys.device) if weight is None else weight
     mass = attention_mass(
         keys,
         log_mass,
@@ -124,9 +93,8 @@ def later_mass(
         scaling=entries.scaling,
         softcap=entries.softcap,
         visible=(len(entries) + places - seen + 1)[None],
-        weight=weight[None],
     )
-    return mass[:, :, : len(entries)] / (weight.sum() * queries.shape[2])
+    return mass[:, :, : len(entries)] / (len(places) * queries.shape[2])
 
 
 def retention_loss(scores: Tensor, mass: Tensor, num_slots: int, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

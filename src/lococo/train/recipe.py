@@ -31,6 +31,7 @@ class Recipe:
         learned_scores: Let the heads keep what may be asked for later, fitted after the last step.
         score_windows: Windows that scores are fitted to.
         score_epochs: Times that they are fitted to each.
+        recall_weight: What the answers to questions about a text count beside look-ahead mass.
         learned_merge: Let the heads correct weights and masses of the merge.
         max_log_mass: Most that a slot may add to its attention logit, in nats; 0: nothing.
         train_norms: Let the model's norms change by a little while it reads slots.
@@ -56,9 +57,10 @@ class Recipe:
     mix: float = 0.0
     heavy_share: float = 0.5
     unrotated: bool = False
-    learned_scores: bool = False
-    score_windows: int = 48
+    learned_scores: bool = True
+    score_windows: int = 24
     score_epochs: int = 8
+    recall_weight: float = 1.0
     learned_merge: bool = True
     max_log_mass: float = 3.0
     train_norms: bool = True

@@ -135,9 +135,10 @@ def fit_scores(
         taken = collect(model, heads, window, num_slots=num_slots, chunk_size=recipe.chunk_size, number=number)
         for layer_idx, more in taken.items():
             examples.setdefault(layer_idx, []).extend(more)
-    before, after = zip(*fit(heads, examples, epochs=recipe.score_epochs, seed=recipe.seed).values(), strict=True)
+    fitted = fit(heads, examples, recall_weight=recipe.recall_weight, epochs=recipe.score_epochs, seed=recipe.seed)
+    before, after = zip(*fitted.values(), strict=True)
     means = [sum(figures) / len(figures) for figures in (before, after)]
-    say(f"future attention lost to what goes, held out: {means[0]:.2%} before, {means[1]:.2%} after")
+    say(f"mass of what goes, looked ahead and asked for, held out: {means[0]:.4f} before, {means[1]:.4f} after")
 
 
 def _weights(model: PreTrainedModel, corpus: Corpus, recipe: Recipe, num_slots: int) -> list[float]:

@@ -1,9 +1,10 @@
 """Fit the scores: what is worth keeping is learned from what later queries really attend to.
 
 A choice has no gradient, so scores are not trained through the model. The model is read once per window, which gives an
-example for every layer at every compression: the entries, and the attention that the full cache's later queries give
-them, those of the next chunks and those of the questions at the window's end. Then each layer's net is fitted alone,
-over and over, which costs next to nothing.
+example for every layer at every compression: the entries, and the attention that the full cache's queries give them at
+the answers to the window's questions. Then each layer's net is fitted alone, over and over, at next to no cost. What it
+raises takes the place of entries with more look-ahead mass, and that is its price: a fit to the true mass of the next
+chunks was tried and made predictions worse (docs/log.md).
 """
 
 import random
@@ -16,10 +17,10 @@ from transformers import PreTrainedModel
 
 from lococo.attachment import attach
 from lococo.cache import SlotCache
-from lococo.compressors.learned import LearnedHeads, Net, content_of, facts_of, raised
+from lococo.compressors.learned import FULL_SCORES_SLOTS, LearnedHeads, Net, content_of, facts_of, raised
 from lococo.entries import Entries
 from lococo.reader import prefill
-from lococo.train.losses import future_mass, later_mass, retention_loss, teach
+from lococo.train.losses import later_mass, retention_loss, teach
 from lococo.train.recall import Recall
 
 BATCH = 8
@@ -36,7 +37,7 @@ class Example:
         content: See `content_of`, (h s 2d).
         facts: See `facts_of`, (h s facts).
         ahead: Look-ahead mass, (h s).
-        mass: Attention that later queries give, (h s).
+        recalled: Attention per query of the answers at the window's end, (h s).
         num_slots: How many stay.
         window: Number of the window it is from.
     """
@@ -44,7 +45,7 @@ class Example:
     content: Tensor
     facts: Tensor
     ahead: Tensor
-    mass: Tensor
+    recalled: Tensor
     num_slots: int
     window: int
 
@@ -59,7 +60,7 @@ def collect(
     chunk_size: int,
     number: int,
 ) -> dict[int, list[Example]]:
-    """Read a window in slots, and return the examples of every layer.
+    """Read a window in slots, and return the examples of every layer, as long as there is something to be asked.
 
     What the questions will ask for is kept while it is read, so that it is there to be learned from to the end.
 
@@ -81,17 +82,15 @@ def collect(
 
         def take(layer_idx: int, entries: Entries, kept: int) -> Tensor | None:
             seen = cache.rows.tokens[0]
-            mass = future_mass(teacher, layer_idx, entries, seen=seen, chunk_size=chunk_size)
             places = asked[asked >= seen]
-            recalled = later_mass(teacher, layer_idx, entries, seen=seen, places=places) if len(places) else None
-            if mass is None:
-                return recalled
+            if not len(places):
+                return None
+            recalled = later_mass(teacher, layer_idx, entries, seen=seen, places=places)
             ahead = entries.future_mass.clamp(min=1e-9)
             content, facts = content_of(entries).bfloat16(), facts_of(entries, ahead)
-            wanted = mass if recalled is None else mass + recalled
-            parts = zip(content.cpu(), facts.cpu(), ahead.cpu(), wanted.cpu(), strict=True)
-            examples[layer_idx] += [Example(c, f, p, m, kept, number) for c, f, p, m in parts]
-            return None if recalled is None else recalled * ahead.sum(-1, keepdim=True)
+            parts = zip(content.cpu(), facts.cpu(), ahead.cpu(), recalled.cpu(), strict=True)
+            examples[layer_idx] += [Example(*part, kept, number) for part in parts]
+            return recalled * ahead.sum(-1, keepdim=True)
 
         heads.on_compress = take
         try:
@@ -105,6 +104,7 @@ def fit(
     heads: LearnedHeads,
     examples: dict[int, list[Example]],
     *,
+    recall_weight: float = 1.0,
     epochs: int = 10,
     learning_rate: float = 5e-3,
     seed: int = 0,
@@ -114,12 +114,13 @@ def fit(
     Args:
         heads: Changed in place.
         examples: By layer.
+        recall_weight: What attention of the answers counts beside look-ahead mass: how likely it is that somebody asks.
         epochs: Times that each example is seen.
         learning_rate: Of Adam, at the beginning; it falls to 0.
         seed: Of the order.
 
     Returns:
-        By layer, the share of future attention that goes, held out, before and after.
+        By layer, the mass that goes, held out, before and after; see `lost_mass`.
     """
     lost = {}
     for layer_idx, own in examples.items():
@@ -129,23 +130,28 @@ def fit(
         apart = set(windows[: max(1, round(HELD_OUT * len(windows)))]) if len(windows) > 1 else set()
         train = [example for example in own if example.window not in apart]
         test = [example for example in own if example.window in apart] or train
-        before, kept = lost_mass(net, test), {name: part.clone() for name, part in net.state_dict().items()}
-        _fit_layer(net, train, epochs, learning_rate, random.Random(seed))
-        after = lost_mass(net, test)
+        before, kept = (
+            lost_mass(net, test, recall_weight),
+            {name: part.clone() for name, part in net.state_dict().items()},
+        )
+        _fit_layer(net, train, recall_weight, epochs, learning_rate, random.Random(seed))
+        after = lost_mass(net, test, recall_weight)
         if after > before:
             net.load_state_dict(kept)
         lost[layer_idx] = (before, min(before, after))
     return lost
 
 
-def _fit_layer(net: Net, examples: list[Example], epochs: int, learning_rate: float, draw: random.Random) -> None:
+def _fit_layer(
+    net: Net, examples: list[Example], recall_weight: float, epochs: int, learning_rate: float, draw: random.Random
+) -> None:
     optimizer = torch.optim.Adam(net.parameters(), lr=learning_rate, betas=(0.9, 0.98))
     total = epochs * len(list(_batches(examples, draw)))
     step = 0
     for _ in range(epochs):
         for batch in _batches(examples, draw):
             optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / total)
-            loss, _ = _loss(net, batch)
+            loss, _ = _loss(net, batch, recall_weight)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -153,19 +159,22 @@ def _fit_layer(net: Net, examples: list[Example], epochs: int, learning_rate: fl
 
 
 @torch.no_grad()
-def lost_mass(net: Net, examples: list[Example]) -> float:
-    """Return the mean share of future attention that goes to entries which would not stay."""
-    lost = [_loss(net, batch)[1].item() * len(batch) for batch in _batches(examples, random.Random(0))]
+def lost_mass(net: Net, examples: list[Example], recall_weight: float = 1.0) -> float:
+    """Return the mean mass, of look-ahead and of answers, of the entries that would not stay."""
+    lost = [_loss(net, batch, recall_weight)[1].item() * len(batch) for batch in _batches(examples, random.Random(0))]
     return sum(lost) / len(examples)
 
 
-def _loss(net: Net, batch: list[Example]) -> tuple[Tensor, Tensor]:
+def _loss(net: Net, batch: list[Example], recall_weight: float) -> tuple[Tensor, Tensor]:
     parameter = net.head
-    content, facts, ahead, mass = (
+    content, facts, ahead, recalled = (
         torch.stack([getattr(example, name) for example in batch]).to(parameter)
-        for name in ("content", "facts", "ahead", "mass")
+        for name in ("content", "facts", "ahead", "recalled")
     )
-    return retention_loss(raised(ahead, net(content, facts)[0]).log(), mass, batch[0].num_slots)
+    wanted = ahead / ahead.sum(-1, keepdim=True) + recall_weight * recalled
+    # In full, whatever the number of slots: how much a scorer counts there is decided when it is used.
+    scores = raised(ahead, net(content, facts)[0], FULL_SCORES_SLOTS).log()
+    return retention_loss(scores, wanted, batch[0].num_slots)
 
 
 def _batches(examples: list[Example], draw: random.Random) -> Iterator[list[Example]]:

@@ -21,7 +21,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from lococo import cli, reader
+from lococo import cli, reader, session
+from lococo.options import SlotOptions
 from lococo.prompts import Prompt, text_stream
 
 
@@ -292,6 +293,11 @@ class TestBadInput:
     def test_no_such_model(self, book: Path, capsys: pytest.CaptureFixture[str]) -> None:
         line = refused(["run", str(book), "--ask", "y", "--model", "./no/model"], capsys)
         assert "./no/model: no such file or folder" in line
+
+
+@pytest.mark.parametrize("name", ["auto", "lococo", "lococo-frozen", "full"])
+def test_compressors_that_the_model_decides_on_are_not_refused_before_it_is_loaded(name: str) -> None:
+    session._check_compressor(SlotOptions(compressor=name))
 
 
 class TestCompressAndAsk:

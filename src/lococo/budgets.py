@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def slots_for(
         return pyramid(layers, num_slots, least=_least(model, compressor, num_slots))
     if budget != "calibrated":
         raise ArgumentError(f"unknown budget {budget!r}; expected one of {', '.join(BUDGETS)}")
-    key = json.dumps([weights_fingerprint(model), compressor, num_slots, chunk_size])
+    key = json.dumps([weights_fingerprint(model), _identity(compressor), num_slots, chunk_size])
     file = cache_folder() / "budgets" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or damaged: measured again
         return [int(slots) for slots in json.loads(file.read_text("utf-8"))]
@@ -89,6 +90,16 @@ def slots_for(
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(budgets).encode())
     return budgets
+
+
+def _identity(compressor: str) -> str:
+    """Return what tells a compressor apart from later ones of the same name."""
+    weights = Path(compressor) / "model.safetensors"
+    if weights.is_file():
+        return hashlib.sha256(weights.read_bytes()).hexdigest()
+    from lococo import __version__
+
+    return f"{compressor} {__version__}"
 
 
 def pyramid(layers: int, num_slots: int, least: int = 1) -> list[int]:
@@ -187,7 +198,7 @@ def calibration_weights(
 @contextlib.contextmanager
 def _in_float32(model: PreTrainedModel) -> Iterator[None]:
     """Hold a model's weights in float32 for a while; buffers, such as RoPE's frequencies, are left alone."""
-    before = [(parameter, parameter.dtype) for parameter in model.parameters()]
+    before = [(parameter, parameter.dtype) for parameter in model.parameters() if parameter.is_floating_point()]
     try:
         for parameter, _ in before:
             parameter.data = parameter.data.float()

@@ -111,8 +111,11 @@ class SlotCache(Cache):
 
     def detach(self) -> None:
         """Cut the gradient off here: what follows does not reach what was read so far."""
-        for layer in self.slot_layers:
-            layer.detach()
+        for layer in self.layers:
+            if isinstance(layer, SlotLayer):
+                layer.detach()
+            elif getattr(layer, "keys", None) is not None:
+                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
 
     def room(self) -> int:
         """Return how many tokens the next forward pass best takes: what fits before the next compression."""

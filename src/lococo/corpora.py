@@ -32,17 +32,24 @@ def domains(data: Path, part: Literal["train", "val"] = "val") -> dict[str, list
         raise DocumentError(f"no such folder: {data}; expected one subfolder per domain with .txt or .jsonl files")
     found = {}
     for folder in sorted(path for path in data.iterdir() if path.is_dir()):
-        parts = {name: _part(folder, name) for name in ("train", "val")}
-        # A folder without parts is all of it; one that has only the other part has nothing to give.
-        candidates = parts[part] if any(parts.values()) else list(folder.rglob("*"))
-        files = sorted(
-            path for path in candidates if path.suffix in (".txt", ".jsonl") and path.stem not in DESCRIPTIONS
-        )
-        if files:
+        if files := files_of(folder, part):
             found[folder.name] = files
     if not found:
         raise DocumentError(f"{data} has no subfolder with .txt or .jsonl files; expected one subfolder per domain")
     return found
+
+
+def files_of(folder: Path, part: Literal["train", "val"]) -> list[Path]:
+    """Return the files of one domain; a domain without parts is all of it."""
+    parts = {name: _part(folder, name) for name in ("train", "val")}
+    # One that has only the other part has nothing to give.
+    candidates = parts[part] if any(parts.values()) else list(folder.rglob("*"))
+    return sorted(path for path in candidates if path.suffix in (".txt", ".jsonl") and path.stem not in DESCRIPTIONS)
+
+
+def is_split(folder: Path) -> bool:
+    """Tell whether a folder is a domain of its own that is split into parts."""
+    return any(_part(folder, name) for name in ("train", "val"))
 
 
 def _part(folder: Path, name: str) -> list[Path]:

@@ -3,7 +3,9 @@
 Nothing here imports torch before a verb runs. Every verb checks its files first, then loads the model, then measures.
 """
 
+import importlib.util
 import json as jsonlib
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -162,11 +164,13 @@ def train(
         raise ArgumentError(f"--output {output} is a file; name a folder")
     if (target / "config.json").exists():
         raise ArgumentError(f"--output {output} holds heads already; name another folder, or delete them")
+    _check_extra("train", "accelerate", *(["datasets"] if any(s.startswith("hf:") for s in data) else []))
     from lococo.train.progress import final_table, steps
     from lococo.train.run import train as run_training
 
     loaded, tokenizer = _loaded(model)
-    with steps(recipe.steps, None if logs is None else Path(logs).expanduser()) as (say, after_step):
+    folder = Path(logs).expanduser() if logs is not None and _first_process() else None
+    with steps(recipe.steps, folder, quiet=not _first_process()) as (say, after_step):
         figures = run_training(
             loaded,
             tokenizer,
@@ -178,6 +182,8 @@ def train(
             say=say,
             after_step=after_step,
         )
+    if not _first_process():
+        return
     from rich.console import Console
 
     Console(file=human(json)).print(final_table(figures))
@@ -204,6 +210,9 @@ def ablate(table: str, *, data: str, output: str, json: str, plot: str | None = 
         check_output(picture, force=True)
     from rich.console import Console
 
+    _check_extra("train", "accelerate")
+    if picture is not None:
+        _check_extra("eval", "matplotlib")
     from lococo.eval import ablations
     from lococo.eval.plots import plot_ablations
     from lococo.eval.tables import ablation_table
@@ -297,6 +306,17 @@ def _checked(data: str, json: str) -> Path:
     target = Path(json).expanduser()
     check_output(target, force=True)
     return target
+
+
+def _first_process() -> bool:
+    """Tell whether this process speaks for all that `torchrun` or `accelerate launch` have started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _check_extra(extra: str, *packages: str) -> None:
+    """Refuse what needs packages of an extra that are not installed."""
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise ArgumentError(f"this needs {', '.join(missing)}; install `lococo[{extra}]`")
 
 
 def _loaded(model: ModelOptions) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

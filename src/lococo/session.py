@@ -190,7 +190,7 @@ def _load_named(info: ContextInfo, using: ModelOptions) -> Loaded:
 
 def _check_compressor(slots: SlotOptions) -> None:
     """Refuse an unknown name, or too few slots for a known one, before a model is loaded."""
-    known_later = slots.compressor in ("full", "auto", "lococo")
+    known_later = slots.compressor in ("full", "auto", "lococo", compressors.FROZEN)
     if known_later or (slots.compressor not in compressors.PAIRS and Path(slots.compressor).is_dir()):
         return
     least = compressors.make(slots.compressor, compressors.Shape({0: slots.num_slots}, 64)).min_slots()

@@ -31,6 +31,7 @@ def test_they_are_small_and_documented(folder):
     card = (folder / "README.md").read_text()
     for subject in ("## Data", "## Training", "## Figures", "## Limits"):
         assert subject in card
+    assert "@" not in card
 
 
 @pytest.mark.parametrize("num_slots", [64, 100, 128, 256, 512])

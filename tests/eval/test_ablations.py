@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from families import tiny
 
-from lococo.errors import ArgumentError
+from lococo.errors import ArgumentError, DocumentError
 from lococo.eval import ablations
 from lococo.eval.plots import plot_ablations
 
@@ -66,13 +66,27 @@ def test_rows_are_trained_once_and_measured_where_they_say(tmp_path, data, token
         plot_ablations(made, tmp_path / "plot.nonsense")
 
 
+def test_what_would_fail_after_hours_fails_at_once(tmp_path, data, tokenizer):
+    def run(rows, texts):
+        options = {"data": texts, "output": tmp_path / "out", "report": print, "say": lambda line: pytest.fail(line)}
+        ablations.run(rows, tiny(), tokenizer, **options)
+
+    rows = ablations.read_table(table_in(tmp_path, TABLE.replace("compressor: h2o", "compressor: h3o")))
+    with pytest.raises(ArgumentError, match="unknown compressor 'h3o'"):
+        run(rows, data)
+    (tmp_path / "same" / "books").mkdir(parents=True)
+    (tmp_path / "same" / "books" / "a.txt").write_text("w1 " * 300)
+    with pytest.raises(DocumentError, match="trained and measured on the same files"):
+        run(ablations.read_table(table_in(tmp_path)), tmp_path / "same")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("rows: []", "has no rows"),
         ("rows: [{name: a}]", "'subject'"),
         ("rows: [{subject: a, name: b, recipe: {kernel: 3}}]", "a recipe has no kernel"),
-        ("rows: [{subject: a, name: b, recipes: {}}]", "has recipes, which is none of"),
+        ("rows: [{subject: a, name: b, recipes: {}}]", "has recipes; expected use, and one of"),
         ("columns: 1", "columns"),
         ("rows: [", "expected base, use and rows"),
     ],

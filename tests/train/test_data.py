@@ -86,3 +86,24 @@ def test_lines_without_text(tmp_path):
     corpus, _ = corpus_in(tmp_path)
     with pytest.raises(DocumentError, match="expected lines of JSON with a 'text' field"):
         corpus.window(0, 0, length=50, least=20)
+
+
+def test_a_folder_that_is_split_itself_gives_its_training_part_alone(tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / "books" / part).mkdir(parents=True)
+        (tmp_path / "books" / part / "a.txt").write_text(f"{part} " * 300)
+        (tmp_path / "web").mkdir(exist_ok=True)
+        (tmp_path / "web" / f"{part}.jsonl").write_text(json.dumps({"text": f"{part} " * 300}))
+    for domain in ("books", "web"):
+        corpus, held_out = corpus_in(tmp_path / domain)
+        for read in (corpus, held_out):
+            for number in range(5):
+                text = "".join(map(chr, read.window(0, number, length=60, least=20)))
+                assert "train" in text
+                assert "val" not in text
+
+
+def test_half_a_surrogate_pair_is_no_reason_to_stop(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "' + "half \\ud83d " * 100 + '"}')
+    corpus, _ = corpus_in(tmp_path)
+    "".join(map(chr, corpus.window(0, 0, length=60, least=20))).encode()

@@ -49,10 +49,10 @@ def test_a_fit_finds_what_tells_which_entries_matter():
     heads = heads_for(tiny()).requires_grad_(True)
     examples = []
     for window in range(30):
-        content, facts = torch.randn(2, 60, 24), torch.randn(2, 60, 7)
-        asked = (content[..., 0] > 0.5).float() / 60
-        ahead = torch.rand(2, 60) * 0.1 + 1
-        examples.append(scores.Example(content, facts, ahead, asked, 30, window))
+        content, facts = torch.randn(2, 120, 24), torch.randn(2, 120, 7)
+        asked = (content[..., 0] > 0.5).float() / 120
+        ahead = torch.rand(2, 120) * 0.1 + 1
+        examples.append(scores.Example(content, facts, ahead, asked, 60, window))
     before, after = scores.fit(heads, {1: examples}, recall_weight=3.0, epochs=80)[1]
     # Half of the look-ahead mass goes whatever stays.
     assert after - 0.5 < 0.1 * (before - 0.5)

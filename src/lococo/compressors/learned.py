@@ -158,6 +158,8 @@ class LearnedHeads(nn.Module):
         if self.form.learned_merge:
             weight, gain = self.mergers[str(layer_idx)](content, facts)
             mass = mass * weight.exp()
+        if not self.form.max_log_mass:
+            gain = None
         return merged_by_mass(entries, kept, mass, gain=gain, max_log_mass=self.form.max_log_mass)
 
     def _weights(self, num_slots: int) -> list[float]:

@@ -13,8 +13,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lococo.errors import ArgumentError
+from lococo.attachment import attach
+from lococo.compressors.heads import read_config
+from lococo.corpora import domains
+from lococo.errors import ArgumentError, DocumentError
 from lococo.eval import perplexity
+from lococo.facts import weights_fingerprint
 from lococo.train.recipe import Recipe
 from lococo.train.run import train
 
@@ -89,11 +93,12 @@ def read_table(file: Path) -> list[Ablation]:
 def _ablation(parts: _Parts, row: Row) -> Ablation:
     use = Use(**{key: _tuple(value) for key, value in (parts.use | row.pop("use", {})).items()})
     subject, name = str(row.pop("subject")), str(row.pop("name"))
-    if "compressor" in row:
-        return Ablation(subject, name, use, compressor=str(row.pop("compressor")))
-    changed = row.pop("recipe", {})
-    if row:
-        raise ValueError(f"{subject}, {name} has {', '.join(row)}, which is none of use, recipe and compressor")
+    compressor, changed = str(row.pop("compressor", "")), row.pop("recipe", {})
+    if row or (compressor and changed):
+        wrong = ", ".join(row) or "compressor and recipe"
+        raise ValueError(f"{subject}, {name} has {wrong}; expected use, and one of recipe and compressor")
+    if compressor:
+        return Ablation(subject, name, use, compressor=compressor)
     known = {part.name for part in fields(Recipe)}
     if unknown := set(changed) - known:
         raise ValueError(f"{subject}, {name}: a recipe has no {', '.join(sorted(unknown))}")
@@ -121,13 +126,16 @@ def run(
         model: Not attached.
         tokenizer: The model's.
         data: Text, one subfolder per domain, each with parts to train and to measure on, see `corpora.domains`.
-        output: Folder for heads and for what was measured.
+        output: Folder for heads and for what was measured, of any number of models and corpora.
         report: Called with each row of results as it is done.
         say: Called with a line for people.
 
     Returns:
-        Rows of `perplexity.evaluate`, each with subject, name, and seconds and tokens of training.
+        Rows of `perplexity.evaluate`, each with subject, name, and what the heads were trained with: steps, seconds
+        and tokens.
     """
+    _check(ablations, model, data)
+    output = output.resolve() / _key({"model": weights_fingerprint(model), "data": str(data.resolve())})
     output.mkdir(parents=True, exist_ok=True)
     names = [_trained(ablation, model, tokenizer, data, output, say) for ablation in ablations]
     rows: list[Row] = []
@@ -137,9 +145,24 @@ def run(
         for ablation, name in same:
             for row in measured:
                 if row["compressor"] == name:
-                    rows.append({"subject": ablation.subject, "name": ablation.name} | row)
+                    rows.append({"subject": ablation.subject, "name": ablation.name} | row | _trained_with(name))
                     report(rows[-1])
     return rows
+
+
+def _check(ablations: list[Ablation], model: PreTrainedModel, data: Path) -> None:
+    """Refuse now what would only be seen after hours of training."""
+    train_files, own = domains(data, "train"), domains(data, "val")
+    for domain in train_files.keys() & own.keys():
+        if set(train_files[domain]) & set(own[domain]):
+            raise DocumentError(
+                f"domain {domain!r} of {data} would be trained and measured on the same files; split it into folders "
+                "or .jsonl files named train and val"
+            )
+    for ablation in ablations:
+        if ablation.recipe is None:
+            for num_slots in ablation.use.num_slots:
+                attach(model, ablation.compressor, num_slots=num_slots, chunk_size=ablation.use.chunk_size)
 
 
 def _trained(
@@ -158,6 +181,15 @@ def _trained(
         say(f"{ablation.subject}, {ablation.name}: training in {folder}")
         train(model, tokenizer, ablation.recipe, folder, data=[str(data)], say=say)
     return str(folder)
+
+
+def _trained_with(name: str) -> Row:
+    """Return what heads cost, and their folder's own name; nothing for a compressor without heads."""
+    if not Path(name).is_dir():
+        return {}
+    training = read_config(Path(name))["training"]
+    costs = {key: training[key] for key in ("seconds", "tokens")}
+    return {"compressor": Path(name).name, "steps": training["recipe"]["steps"]} | costs
 
 
 def _measured(

@@ -1,6 +1,7 @@
 """Retrieval: a key and a value hidden in real text, asked for after it."""
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, cycle, islice
@@ -52,7 +53,7 @@ def evaluate(
     compressors: Sequence[str],
     num_slots: int = 256,
     chunk_size: int = 256,
-    lengths: Sequence[int] = (1024, 2048, 4096, 8192),
+    lengths: Sequence[int] = (1024, 2048, 4096, 8000),
     trials: int = 50,
     seed: int = 0,
     report: Callable[[Row], None] | None = None,
@@ -98,7 +99,8 @@ def evaluate(
                 for trial in same:
                     answer = stream(model, torch.tensor([trial.ids]), slots.new_cache(), max_new_tokens=DIGITS + 2)
                     said = str(tokenizer.decode(list(answer)))
-                    correct.append(int(said.strip().startswith(trial.value)))
+                    found = re.match(r"\s*(\d+)", said)
+                    correct.append(int(found is not None and found[1] == trial.value))
                     done += 1
                     if progress is not None:
                         progress(done, total)

@@ -173,20 +173,23 @@ def mean_interval(rows: Sequence[Row], *, seed: int = 0) -> tuple[float, float]:
 
 
 def difference(rows: Iterable[Row], better: str, worse: str) -> tuple[float, float, float]:
-    """Return by how much one compressor's nll is above another's, paired by window over all domains.
+    """Return by how much one compressor's nll is above another's, paired by window, mean of the domains.
 
     Args:
-        rows: Of `evaluate`, on the same windows.
+        rows: Of `evaluate`, on the same windows and for one number of slots.
         better: Name of the compressor that is subtracted.
         worse: Name of the one it is subtracted from.
 
     Returns:
         The mean difference in nats per token, and the 95 % interval.
     """
-    by_name: dict[str, list[tuple[float, int]]] = {better: [], worse: []}
+    by_domain: dict[str, dict[str, Row]] = {}
     for row in rows:
-        if row["compressor"] in by_name:
-            by_name[row["compressor"]] += zip(row["window_nll"], row["window_tokens"], strict=True)
-    counts = [count for _, count in by_name[better]]
-    sums = [(high - low) * count for (high, count), (low, _) in zip(by_name[worse], by_name[better], strict=True)]
-    return (sum(sums) / sum(counts), *interval(sums, counts))
+        by_domain.setdefault(row["domain"], {})[row["compressor"]] = row
+    paired: list[Row] = []
+    for same in by_domain.values():
+        low, high, counts = same[better]["window_nll"], same[worse]["window_nll"], same[better]["window_tokens"]
+        gaps = [above - below for above, below in zip(high, low, strict=True)]
+        total = sum(gap * count for gap, count in zip(gaps, counts, strict=True))
+        paired.append({"window_gap": gaps, "window_tokens": counts, "gap": total / sum(counts)})
+    return (sum(row["gap"] for row in paired) / len(paired), *mean_interval(paired))

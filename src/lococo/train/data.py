@@ -4,6 +4,7 @@ Any window can be drawn without reading what comes before it, so a training that
 number of its next window, and no more than one window's text is held at a time.
 """
 
+import hashlib
 import json
 import random
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lococo.corpora import DESCRIPTIONS, domains
+from lococo.corpora import DESCRIPTIONS, domains, files_of, is_split
 from lococo.errors import DocumentError
 from lococo.train import hub
 
@@ -57,6 +58,19 @@ class Corpus:
         if not self.domains:
             raise DocumentError(f"expected text to train on ({', '.join(SUFFIXES)} files), found none")
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of which documents there are, by name, place and length."""
+        known = [(name, d.file.name, d.start, d.nbytes) for name, all_of in self.domains.items() for d in all_of]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
+
+    def joined(self, other: "Corpus") -> "Corpus":
+        """Return both corpora as one."""
+        names = self.domains.keys() | other.domains.keys()
+        together = {name: {*self.domains.get(name, []), *other.domains.get(name, [])} for name in names}
+        by_place = {name: sorted(all_of, key=lambda d: (d.file, d.start)) for name, all_of in together.items()}
+        return Corpus(by_place, self.tokenizer)
+
     def window(self, seed: int, number: int, *, length: int, least: int) -> list[int]:
         """Draw a window.
 
@@ -74,7 +88,7 @@ class Corpus:
         """
         draw = random.Random(f"{seed}/{number}")
         names = list(self.domains)
-        for attempt in range(100):
+        for attempt in range(20 * len(names)):
             # Domains that hold no window this long give their turn to the next.
             documents = self.domains[names[(number + attempt // 20) % len(names)]]
             weights = [max(0, document.nbytes - 2 * least) for document in documents]
@@ -126,8 +140,10 @@ def local_documents(folder: Path) -> dict[str, list[Document]]:
     """Find the documents of a folder, by domain.
 
     Its subfolders are domains, see `corpora.domains`; where one is split into parts, only "train" is read. Files
-    directly in it are one more domain.
+    directly in it are one more domain. A folder that is split itself is one domain.
     """
+    if is_split(folder):
+        return {folder.resolve().name: list(_documents(files_of(folder, "train")))}
     try:
         files = domains(folder, "train")
     except DocumentError:
@@ -176,7 +192,8 @@ def _field(line: bytes, file: Path) -> str:
     try:
         text = json.loads(line)["text"]
         if isinstance(text, str):
-            return text
+            # JSON can spell half a surrogate pair, which no tokenizer takes.
+            return text.encode("utf-8", "replace").decode()
     except (ValueError, KeyError, TypeError):
         pass
     raise DocumentError(f"{file}: expected lines of JSON with a 'text' field, got {line[:60]!r}")

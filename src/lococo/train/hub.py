@@ -74,8 +74,13 @@ def _stream(name: str, subset: str | None, revision: str | None, seed: int, sour
 
 
 def _texts(stream: Iterable[dict[str, Any]], documents: int, source: str) -> Iterable[str]:
-    for number, row in enumerate(stream):
-        if number == documents:
+    rows = iter(stream)
+    for _ in range(documents):
+        try:
+            row = next(rows, None)
+        except Exception as error:
+            raise DocumentError(f"{source} could not be read to its end: {error}; try again") from error
+        if row is None:
             return
         text = row.get("text")
         if not isinstance(text, str):

@@ -72,7 +72,10 @@ def heads_in(file: Path) -> Heads:
         FileFormatError: If the file is damaged.
     """
     header, _ = _read(file)
-    return KINDS[header["kind"]].of_settings(json.loads(header["heads"]))
+    try:
+        return KINDS[header["kind"]].of_settings(json.loads(header["heads"]))
+    except (TypeError, ValueError, KeyError) as error:
+        raise FileFormatError(f"{file} holds heads of another lococo ({error}); delete it to start again") from error
 
 
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -107,8 +110,10 @@ class Training:
                 f"{recipe.accumulate} windows per step cannot be shared by {processes} processes; "
                 "set accumulate to a multiple of them"
             )
-        self.model = model.to(self.accelerator.device).requires_grad_(False)
-        self.heads = heads.to(self.accelerator.device)
+        # One process computes where the model is; several share the devices out.
+        self.device = model.device if self.accelerator.num_processes == 1 else self.accelerator.device
+        self.model = model.to(self.device).requires_grad_(False)
+        self.heads = heads.to(self.device)
         self.compressor = of_heads(self.heads, heads.kind)
         self.corpus = corpus
         self.recipe = recipe
@@ -157,7 +162,7 @@ class Training:
     def _one_step(self) -> Row:
         recipe, processes = self.recipe, self.accelerator.num_processes
         num_slots = recipe.num_slots[self.step % len(recipe.num_slots)]
-        loss, tokens = torch.zeros((), device=self.accelerator.device), 0
+        loss, tokens = torch.zeros((), device=self.device), 0
         for number in range(self.accelerator.process_index, recipe.accumulate, processes):
             ids = self._ids(self.corpus, recipe.seed, self.step * recipe.accumulate + number, num_slots)
             loss += self._window(ids, num_slots) / recipe.accumulate
@@ -170,14 +175,15 @@ class Training:
     def _ids(self, corpus: Corpus, seed: int, number: int, num_slots: int) -> Tensor:
         least = num_slots + 2 * self.recipe.chunk_size
         ids = corpus.window(seed, number, length=self.recipe.length, least=least)
-        return torch.tensor([ids], device=self.accelerator.device)
+        return torch.tensor([ids], device=self.device)
 
     def _window(self, ids: Tensor, num_slots: int) -> float:
         """Read a window, add its gradient unless gradients are switched off, and return its loss per token."""
         recipe = self.recipe
-        first = num_slots + recipe.chunk_size
-        compared = torch.arange(first, ids.shape[1] - 1, recipe.compare_every, device=ids.device)
         with self._attached(num_slots) as slots:
+            # From the first compression of any layer on.
+            first = min(slots.slots_per_layer) + recipe.chunk_size
+            compared = torch.arange(first, ids.shape[1] - 1, recipe.compare_every, device=ids.device)
             cache = slots.new_cache()
             assert isinstance(cache, SlotCache)
             if recipe.objective == "next-token":
@@ -192,7 +198,7 @@ class Training:
         """Send the gradients of a window's chunks back; return its loss per token."""
         # With more slots less is lost, and it has to be seen beside what fewer slots lose.
         weight = math.sqrt(num_slots / min(self.recipe.num_slots)) / count
-        total, waiting, chunks = 0.0, torch.zeros((), device=self.accelerator.device), 0
+        total, waiting, chunks = 0.0, torch.zeros((), device=self.device), 0
         for loss, _ in losses:
             total += loss.item() / count
             waiting, chunks = waiting + loss * weight, chunks + 1
@@ -222,8 +228,8 @@ class Training:
         if not bool(torch.isfinite(loss) & torch.isfinite(norm)):
             self.optimizer.zero_grad()
             raise TrainingError(
-                f"the loss of step {self.step + 1} is not finite ({loss.item()}); the last checkpoint is good: "
-                "lower the learning rates and go on from it"
+                f"the loss of step {self.step + 1} is not finite ({loss.item()}); the last checkpoint is from before: "
+                "go on from it with lower learning rates"
             )
         rise, fall = (self.step + 1) / max(1, self.recipe.warm_up), 1 - self.step / self.recipe.steps
         for group in self.optimizer.param_groups:
@@ -258,8 +264,8 @@ class Training:
         made_with = header["made_with"]
         if made_with != self._made_with():
             raise FileFormatError(
-                f"{file} was made with another recipe or model ({made_with}) than this one ({self._made_with()}); "
-                "use the same, or another folder"
+                f"{file} was made with another recipe, model or text ({made_with}) than this one "
+                f"({self._made_with()}); use the same, or another folder"
             )
         self.step, self.notes = int(header["step"]), json.loads(header["notes"])
         self.heads.load_state_dict({n.removeprefix("heads."): t for n, t in tensors.items() if n.startswith("heads.")})
@@ -272,4 +278,7 @@ class Training:
                 self.optimizer.state[parameter] = moved
 
     def _made_with(self) -> str:
-        return json.dumps({"model": weights_fingerprint(self.model), **asdict(self.recipe)}, sort_keys=True)
+        # A training may go on with other rates, where it ran away with these.
+        kept = {name: value for name, value in asdict(self.recipe).items() if not name.endswith("learning_rate")}
+        facts = {"model": weights_fingerprint(self.model), "dtype": str(self.model.dtype)}
+        return json.dumps(facts | {"text": self.corpus.fingerprint} | kept, sort_keys=True)

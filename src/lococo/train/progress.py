@@ -19,25 +19,28 @@ LINE_EVERY = 10
 
 
 @contextmanager
-def steps(total: int, logs: Path | None) -> Iterator[tuple[Callable[[str], None], Callable[[Row], None]]]:
+def steps(
+    total: int, logs: Path | None, *, quiet: bool = False
+) -> Iterator[tuple[Callable[[str], None], Callable[[Row], None]]]:
     """Show a training.
 
     Args:
         total: Steps.
         logs: Folder for TensorBoard, or None.
+        quiet: Say nothing, as all processes but one do.
 
     Yields:
         A function that says a line, and one that takes a step's figures.
     """
     writer = None if logs is None else _writer(logs)
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, quiet=quiet)
     columns = (
         BarColumn(bar_width=20),
         TextColumn("{task.completed:,.0f} of {task.total:,.0f} steps, {task.fields[figures]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as bar:
+    with Progress(*columns, console=console, disable=quiet or not sys.stderr.isatty()) as bar:
         task = bar.add_task("", total=total, figures="")
 
         held_out = ""

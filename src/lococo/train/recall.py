@@ -2,7 +2,7 @@
 
 Ordinary text seldom refers back to one exact place, people who ask a model about a document always do. So what is worth
 keeping although nobody attends to it yet has to be shown: statements of many forms, whose answers the full cache copies
-from where they stand. The needle task of `lococo eval needle` has another form and other words.
+from where they stand. The needle task of `lococo eval needle` states, asks and answers in another way, in other words.
 """
 
 import random
@@ -16,13 +16,12 @@ from lococo.train.data import Corpus
 FACTS = 6
 
 # Statement, question and the beginning of the answer; what is in braces is drawn from VALUES.
-FORMS = (
-    ("The code for {thing} is {number}.", "What is the code for {thing}?", "The code for {thing} is {number}"),
+FORMS: tuple[tuple[str, str, str], ...] = (
     ("{person} was born in {year}.", "When was {person} born?", "{person} was born in {year}"),
-    ("{person}'s phone number is {number}.", "What is {person}'s phone number?", "The number is {number}"),
+    ("Call {person} at {number}.", "How do I reach {person}?", "Call {number}"),
     ("{person} works as a {job} in {city}.", "Where does {person} work?", "{person} works as a {job} in {city}"),
     ("In {year}, {city} had {number} inhabitants.", "How many inhabitants had {city}?", "{city} had {number}"),
-    ("The password of {person} is {word}.", "What is the password of {person}?", "It is {word}"),
+    ("{person} signs in with {word}.", "What does {person} sign in with?", "With {word}"),
     ("{person} paid {number} dollars for {thing}.", "What did {person} pay for {thing}?", "{person} paid {number}"),
     ("{thing} = {number}", "{thing}?", "{thing} = {number}"),
     ('"{thing}": {word},', "What is the value of {thing}?", '"{thing}": {word}'),
@@ -30,7 +29,7 @@ FORMS = (
     ("The train to {city} leaves from platform {small}.", "Where does the train to {city} leave?", "Platform {small}"),
     ("The meeting with {person} is on {day} at {small}.", "When is the meeting with {person}?", "On {day} at {small}"),
     ("{person} keeps {thing} in {city}.", "Where does {person} keep {thing}?", "{person} keeps {thing} in {city}"),
-    ("The capital of {word} is {city}.", "What is the capital of {word}?", "The capital of {word} is {city}"),
+    ("{city} has long been the capital of {word}.", "Which city governs {word}?", "{word} is governed from {city}"),
     ("Order {number} was sent to {person}.", "Who got order {number}?", "Order {number} was sent to {person}"),
     ("The key of {person} fits room {small}.", "Which room does {person} have?", "Room {small}"),
     (
@@ -38,8 +37,11 @@ FORMS = (
         "When did {thing} come out?",
         "{thing} came out in {year}",
     ),
-    ("My favourite {kind} is {word}.", "What is my favourite {kind}?", "My favourite {kind} is {word}"),
+    ("I like {word} best of all {kind}s.", "Which {kind} do I like best?", "You like {word}"),
 )
+
+# How a question and the beginning of its answer follow the text.
+FRAMES = ("\n\n{question}\n{lead}", "\n\n- {question} - {lead}", " And {question} {lead}", "\n\n> {question}\n\n{lead}")
 
 CHOICES = {
     "syllable": "ba|ce|di|fo|gu|ha|je|ki|lo|mu|na|pe|qui|ro|su|ta|ve|wi|xo|yu|za|bri|cla|dre|flo|gri|pla|sto|tru",
@@ -80,7 +82,8 @@ def recall_window(
     for fact in order:
         _, question, answer = facts[fact]
         lead, value = answer
-        questions.append((_ids(tokenizer, f"\n\nQuestion: {question}\nAnswer: {lead}"), _ids(tokenizer, value)))
+        asking = draw.choice(FRAMES).format(question=question, lead=lead)
+        questions.append((_ids(tokenizer, asking), _ids(tokenizer, value)))
     rest = length - sum(map(len, statements)) - sum(len(a) + len(b) for a, b in questions)
     text = corpus.window(seed, number, length=max(1, rest), least=min(least, max(1, rest)))
     places = sorted(draw.randrange(len(text)) for _ in range(count))
@@ -88,8 +91,8 @@ def recall_window(
     for start, stop, statement in zip([0, *places], [*places, len(text)], [*statements, []], strict=True):
         ids += text[start:stop] + statement
     asked: list[int] = []
-    for asking, told in questions:
-        ids += asking + told
+    for asked_for, told in questions:
+        ids += asked_for + told
         asked += range(len(ids) - len(told) - 1, len(ids) - 1)
     return Recall(ids, asked)
 

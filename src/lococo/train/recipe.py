@@ -1,9 +1,12 @@
 """How heads are trained: every field is a flag of `lococo train` and a line of a recipe in YAML."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from lococo.errors import ArgumentError
+
+Heads = Literal["lococo", "lococo-paper"]
+Objective = Literal["distillation", "next-token", "attention"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class Recipe:
         seed: Of the weights' start and of the windows.
     """
 
-    heads: Literal["lococo", "lococo-paper"] = "lococo"
-    objective: Literal["distillation", "next-token", "attention"] = "distillation"
+    heads: Heads = "lococo"
+    objective: Objective = "distillation"
     num_slots: tuple[int, ...] = (64, 128, 64, 256, 64, 512)
     chunk_size: int = 256
     length: int = 2048
@@ -72,12 +75,35 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_slots", tuple(self.num_slots))
         object.__setattr__(self, "calibrate_at", tuple(self.calibrate_at))
-        if not self.num_slots or min(self.num_slots) < 1 or self.steps < 1 or self.accumulate < 1:
-            raise ArgumentError("expected at least one number of slots, one step and one window per step")
-        if max(self.num_slots) + self.chunk_size >= self.length:
+        for name, kind in (("heads", Heads), ("objective", Objective)):
+            if getattr(self, name) not in get_args(kind):
+                raise ArgumentError(
+                    f"expected {name} to be one of {', '.join(get_args(kind))}, got {getattr(self, name)}"
+                )
+        for name in ("num_slots", "calibrate_at", "chunk_size", "steps", "accumulate", "width", "kernel_size", "depth"):
+            values = getattr(self, name)
+            if any(value < 1 for value in (values if isinstance(values, tuple) else (values,))):
+                raise ArgumentError(f"expected {name} to be at least 1, got {values}")
+        for name in ("score_windows", "score_epochs", "compare_every"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"expected {name} to be at least 1, got {getattr(self, name)}")
+        for name in (
+            "learning_rate",
+            "norms_learning_rate",
+            "warm_up",
+            "compressions",
+            "recall_weight",
+            "max_log_mass",
+        ):
+            if getattr(self, name) < 0:
+                raise ArgumentError(f"expected {name} to be at least 0, got {getattr(self, name)}")
+        if not self.num_slots:
+            raise ArgumentError("expected at least one number in num_slots")
+        most = max(*self.num_slots, *self.calibrate_at, 0)
+        if most + 2 * self.chunk_size > self.length:
             raise ArgumentError(
-                f"windows of {self.length} tokens are not compressed in {max(self.num_slots)} slots and chunks of "
-                f"{self.chunk_size}; raise length"
+                f"windows of {self.length} tokens hold no two chunks of {self.chunk_size} beyond {most} slots; "
+                f"raise length to {most + 2 * self.chunk_size} or more"
             )
         if self.kernel_size % 2 == 0:
             raise ArgumentError(f"expected an odd kernel_size, got {self.kernel_size}")

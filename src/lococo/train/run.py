@@ -1,5 +1,6 @@
 """One training from beginning to end: corpus, budgets, steps, checkpoints, and the heads that come of it."""
 
+import math
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lococo.attachment import window_of
 from lococo.budgets import calibration_weights
 from lococo.compressors.heads import save_heads
 from lococo.compressors.learned import LearnedHeads
-from lococo.errors import DocumentError
+from lococo.errors import ArgumentError, DocumentError, TrainingError
 from lococo.facts import ModelFacts
 from lococo.train.data import Corpus, Document, corpus_of, split
 from lococo.train.loop import Training, heads_in, new_heads
@@ -68,8 +70,16 @@ def train(
         corpus, held_out = corpus_of(data, tokenizer, documents=documents, seed=recipe.seed)
     else:
         corpus, held_out = standard_library(tokenizer)
-    # Documents that are too short are refused now, not after an hour.
-    corpus.window(recipe.seed, 0, length=recipe.length, least=max(recipe.num_slots) + 2 * recipe.chunk_size)
+    window = window_of(model)
+    if window is not None and recipe.length > window:
+        raise ArgumentError(
+            f"windows of {recipe.length} tokens leave the model's own of {window}, beyond which the full cache teaches "
+            "nothing; lower length"
+        )
+    corpus, held_out = _long_enough(corpus, held_out, recipe)
+    apart = corpus.fingerprint != held_out.fingerprint
+    if not apart:
+        say("too few long documents to keep some apart: what is called held out is what is trained on")
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = output / CHECKPOINT
     if checkpoint.exists():
@@ -90,6 +100,11 @@ def train(
     def kept(row: Row) -> None:
         if row["step"] % save_every == 0:
             row["held_out"] = training.evaluate(held_out, HELD_OUT_BETWEEN, [fewest])[str(fewest)]
+            if not math.isfinite(row["held_out"]):
+                raise TrainingError(
+                    f"after step {row['step']} the loss on held-out text is not finite; the last checkpoint is from "
+                    "before: go on from it with lower learning rates"
+                )
             training.save(checkpoint)
         after_step(row)
 
@@ -99,6 +114,8 @@ def train(
         fit_scores(model, training.heads, corpus, recipe, say)
     figures = {
         "recipe": {key: value for key, value in vars(recipe).items()},
+        "data": list(data),
+        "held_out_was_kept_apart": apart,
         **training.notes,
         "held_out": training.evaluate(held_out, HELD_OUT_WINDOWS),
     }
@@ -106,6 +123,19 @@ def train(
         save_heads(training.heads, output, ModelFacts.of(model), training=figures, dtype=torch.float16)
         checkpoint.unlink(missing_ok=True)
     return figures
+
+
+def _long_enough(corpus: Corpus, held_out: Corpus, recipe: Recipe) -> tuple[Corpus, Corpus]:
+    """Refuse documents that are too short now, not after an hour; where few are long enough, use all for both."""
+    least = max(recipe.num_slots) + 2 * recipe.chunk_size
+    try:
+        for part, seed in ((corpus, recipe.seed), (held_out, -1)):
+            part.window(seed, 0, length=recipe.length, least=least)
+    except DocumentError:
+        whole = corpus.joined(held_out)
+        whole.window(recipe.seed, 0, length=recipe.length, least=least)
+        return whole, whole
+    return corpus, held_out
 
 
 def standard_library(tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus]:

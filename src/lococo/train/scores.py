@@ -17,13 +17,16 @@ from transformers import PreTrainedModel
 
 from lococo.attachment import attach
 from lococo.cache import SlotCache
-from lococo.compressors.learned import FULL_SCORES_SLOTS, LearnedHeads, Net, content_of, facts_of, raised
+from lococo.compressors.learned import FULL_SCORES_SLOTS, RECENT, LearnedHeads, Net, content_of, facts_of, raised
 from lococo.entries import Entries
 from lococo.reader import prefill
 from lococo.train.losses import later_mass, retention_loss, teach
 from lococo.train.recall import Recall
 
 BATCH = 8
+
+# A score above all others, of entries that stay in any case.
+ALWAYS = 50.0
 
 # Share of the windows whose examples tell when a fit is good, and are not fitted to.
 HELD_OUT = 0.15
@@ -124,6 +127,8 @@ def fit(
     """
     lost = {}
     for layer_idx, own in examples.items():
+        if not own:  # a layer that was never compressed
+            continue
         net = heads.scorers[str(layer_idx)]
         assert isinstance(net, Net)
         windows = sorted({example.window for example in own})
@@ -136,9 +141,10 @@ def fit(
         )
         _fit_layer(net, train, recall_weight, epochs, learning_rate, random.Random(seed))
         after = lost_mass(net, test, recall_weight)
-        if after > before:
+        if not after <= before:
             net.load_state_dict(kept)
-        lost[layer_idx] = (before, min(before, after))
+            after = before
+        lost[layer_idx] = (before, after)
     return lost
 
 
@@ -174,6 +180,7 @@ def _loss(net: Net, batch: list[Example], recall_weight: float) -> tuple[Tensor,
     wanted = ahead / ahead.sum(-1, keepdim=True) + recall_weight * recalled
     # In full, whatever the number of slots: how much a scorer counts there is decided when it is used.
     scores = raised(ahead, net(content, facts)[0], FULL_SCORES_SLOTS).log()
+    scores = torch.cat([scores[..., :-RECENT], torch.full_like(scores[..., -RECENT:], ALWAYS)], -1)
     return retention_loss(scores, wanted, batch[0].num_slots)
 
 

@@ -114,7 +114,7 @@ class SlotCache(Cache):
         for layer in self.layers:
             if isinstance(layer, SlotLayer):
                 layer.detach()
-            elif getattr(layer, "keys", None) is not None:
+            elif isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None:
                 layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
 
     def room(self) -> int:

@@ -186,7 +186,7 @@ def content_of(entries: Entries) -> Tensor:
     """Return the directions of keys (before RoPE) and values, each of length sqrt(d), (b h s 2d)."""
     values = nn.functional.normalize(entries.values.detach().float(), dim=-1)
     both = torch.cat([entries.key_directions, values], -1)
-    return both * (both.shape[-1] / 2) ** 0.5
+    return both * math.sqrt(both.shape[-1] / 2)
 
 
 def facts_of(entries: Entries, mass: Tensor) -> Tensor:

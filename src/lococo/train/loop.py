@@ -112,7 +112,7 @@ class Training:
             )
         # One process computes where the model is; several share the devices out.
         self.device = model.device if self.accelerator.num_processes == 1 else self.accelerator.device
-        self.model = model.to(self.device).requires_grad_(False)
+        self.model = cast(PreTrainedModel, cast(nn.Module, model).to(self.device)).requires_grad_(False)
         self.heads = heads.to(self.device)
         self.compressor = of_heads(self.heads, heads.kind)
         self.corpus = corpus

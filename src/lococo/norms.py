@@ -32,18 +32,20 @@ class NormDeltas(nn.Module):
         self.names = list(names)
         self.exponent = exponent
         self.delta = nn.Parameter(torch.zeros(len(names), hidden_size))
-        self._gain: Tensor | None = None
+        # What each norm's output is multiplied by, (norms rows 1 hidden), while the changes hold.
+        self._factors: Tensor | None = None
 
     @contextmanager
     def holding(self, rows: list[bool], num_slots: float) -> Iterator[None]:
         """Let the changes hold for these rows of the batch until the block ends."""
         if any(rows):
             strength = (REFERENCE_SLOTS / num_slots) ** self.exponent
-            self._gain = torch.tensor(rows, device=self.delta.device)[:, None, None] * strength
+            holding = torch.ones(1, 1) if all(rows) else torch.tensor(rows)[:, None]
+            self._factors = 1 + self.delta[:, None, None] * (strength * holding[..., None].to(self.delta))
         try:
             yield
         finally:
-            self._gain = None
+            self._factors = None
 
     def install(self, decoder: PreTrainedModel) -> list[RemovableHandle]:
         """Put the changes behind the decoder's norms; the handles take them away again."""
@@ -54,9 +56,11 @@ class NormDeltas(nn.Module):
 
     def _hook(self, number: int):  # type: ignore[no-untyped-def]
         def scaled(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
-            if self._gain is None:
+            if self._factors is None:
                 return output
-            return (output * (1 + self._gain * self.delta[number])).to(output.dtype)
+            factors = self._factors[number].to(output.dtype)
+            # The output is the norm's own and new: without a gradient nobody needs it as it was.
+            return output * factors if output.requires_grad or factors.requires_grad else output.mul_(factors)
 
         return scaled
 

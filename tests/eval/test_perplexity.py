@@ -94,13 +94,16 @@ def test_several_numbers_of_slots_share_the_full_cache(tokenizer, data):
 
 
 def test_intervals_are_paired():
-    def row(name, nlls):
-        return {"compressor": name, "window_nll": nlls, "window_tokens": [100] * len(nlls)}
+    def row(name, nlls, domain="books"):
+        return {"domain": domain, "compressor": name, "window_nll": nlls, "window_tokens": [100] * len(nlls)}
 
     # Windows differ by far more than the methods do.
     rows = [row("a", [1.0, 2.0, 3.0, 4.0]), row("b", [1.1, 2.1, 3.1, 4.1])]
     mean, low, high = difference(rows, "a", "b")
     assert (mean, low, high) == pytest.approx((0.1, 0.1, 0.1))
+    # Domains count the same, whatever they hold.
+    rows += [row("a", [1.0], "code"), row("b", [1.3], "code")]
+    assert difference(rows, "a", "b") == pytest.approx((0.2, 0.2, 0.2))
     low, high = interval([0.0, 1.0] * 50, [1] * 100)
     assert 0.38 < low < 0.44
     assert 0.56 < high < 0.62

@@ -259,7 +259,7 @@ class TestBadInput:
         [
             (["--num-slots", "5000"], "do not fit the model's window of 256"),
             (["--chunk-size", "5000"], "do not fit the model's window of 256"),
-            (["--num-slots", "10"], "needs at least 17 slots"),
+            (["--num-slots", "8"], "needs at least 9 slots"),
             (["--num-slots", "4", "--compressor", "streaming-llm"], "needs at least 5 slots"),
             (["--compressor", "mass-murge"], "did you mean 'mass-merge'?"),
             (["--dtype", "int8"], "--dtype: expected one of"),

@@ -29,6 +29,14 @@ def test_rotating_moves_a_key_to_another_position(family, layer_idx):
     torch.testing.assert_close(rotary.rotate(at_here, there - here), at_there, atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_matrix_rotates_as_rotate_does(family):
+    rotary = Rotary(tiny(family).base_model).of_layer(1)
+    x = torch.randn(2, 3, 5, 12)
+    matrix = rotary.matrix(256.0, 12, x.device)
+    torch.testing.assert_close(x @ matrix, rotary.rotate(x, torch.full((1, 1, 1), 256.0)))
+
+
 @pytest.mark.parametrize("family", ROTATING)
 def test_unrotating_leaves_the_scale_of_the_model(family):
     # YaRN scales what it rotates; that scale belongs to the stored key and must stay.

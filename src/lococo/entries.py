@@ -87,10 +87,8 @@ class Entries:
         the causal mask, are their best stand-in.
         """
         queries = self._observed_queries()
-        b, h, g, w, d = queries.shape
-        ahead = queries.new_full((1, 1, 1), float(w), dtype=torch.float32)
-        moved = self.rotary.rotate(queries.reshape(b, h * g, w, d), ahead).view(b, h, g, w, d)
-        return self._mass_from(moved, None)
+        w, d = queries.shape[3:]
+        return self._mass_from(queries.float() @ self.rotary.matrix(float(w), d, queries.device), None)
 
     def _observed_queries(self) -> Tensor:
         assert self.queries is not None, "a compressor that reads queries must declare it in `observes`"

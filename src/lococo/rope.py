@@ -87,6 +87,7 @@ class LayerRotary:
     ) -> None:
         self._angles = angles
         self._apply = apply
+        self._factor: float | None = None
 
     def rotate(self, x: Tensor, delta: Tensor) -> Tensor:
         """Rotate keys or queries by a number of positions, fractional or negative.
@@ -106,10 +107,18 @@ class LayerRotary:
         # Angles that all heads share are computed once.
         steps = steps.view(1, -1) if steps.shape[:2] == (1, 1) else steps.expand(b, h, -1).reshape(b * h, -1)
         cos, sin = self._angles(wide, steps)
-        # YaRN and longrope multiply cos and sin by a factor that the stored keys already carry; it is cos(0).
-        factor = self._angles(wide, steps.new_zeros(1, 1))[0][..., :1]
-        _, rotated = self._apply(wide[:, :0], wide, cos / factor, sin / factor)
+        if self._factor is None:
+            # YaRN and longrope multiply cos and sin by a factor that the stored keys already carry; it is cos(0).
+            self._factor = float(self._angles(wide, steps.new_zeros(1, 1))[0].flatten()[0])
+        if self._factor != 1:
+            cos, sin = cos / self._factor, sin / self._factor
+        _, rotated = self._apply(wide[:, :0], wide, cos, sin)
         return rotated.view(b, h, s, d).to(x.dtype)
+
+    def matrix(self, delta: float, head_dim: int, device: torch.device) -> Tensor:
+        """Return what rotates rows by `delta` positions when they are multiplied by it, (d d), float32."""
+        eye = torch.eye(head_dim, device=device)[None, None]
+        return self.rotate(eye, torch.full((1, 1, 1), delta, device=device))[0, 0]
 
 
 def modeling_function(module: nn.Module, name: str) -> Callable[..., Any] | None:

@@ -220,10 +220,15 @@ class SlotLayer(CacheLayerMixin):
         index = self._row_index(rows)
         queries = None
         if self.queries is not None:
-            order = torch.arange(self.chunk_size) + torch.tensor([[self.rows.tokens[row]] for row in rows])
-            order = (order % self.chunk_size).to(self.keys.device)
-            ring = self.queries[index]
-            queries = ring.gather(3, order[:, None, None, :, None].expand_as(ring))
+            queries = self.queries[index]
+            # Where the oldest one lies in the ring.
+            first = [self.rows.tokens[row] % self.chunk_size for row in rows]
+            if len(set(first)) == 1:
+                queries = queries.roll(-first[0], 3) if first[0] else queries
+            else:
+                order = torch.arange(self.chunk_size) + torch.tensor(first)[:, None]
+                order = (order % self.chunk_size).to(self.keys.device)
+                queries = queries.gather(3, order[:, None, None, :, None].expand_as(queries))
         return Entries(
             keys=self.keys[index][:, :, :count],
             values=self.values[index][:, :, :count],

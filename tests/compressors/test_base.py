@@ -59,6 +59,6 @@ def test_unknown_names_are_answered_with_the_nearest():
 
 
 def test_too_few_slots_for_what_always_stays():
-    with pytest.raises(ArgumentError, match="16 first and last entries and needs at least 17 slots"):
-        lococo.attach(tiny(), "look-ahead", num_slots=16)
-    lococo.attach(tiny(), "look-ahead", num_slots=17)
+    with pytest.raises(ArgumentError, match="8 first and last entries and needs at least 9 slots"):
+        lococo.attach(tiny(), "look-ahead", num_slots=8)
+    lococo.attach(tiny(), "look-ahead", num_slots=9)

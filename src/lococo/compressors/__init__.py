@@ -36,7 +36,7 @@ SELECTIONS: dict[str, Selection] = {
     "tova": Selection(selections.last_query_mass, QUERIES),
     "snapkv": Selection(selections.window_mass, QUERIES, recent=32),
     "chunk-mass": Selection(selections.chunk_mass, QUERIES, recent=16),
-    "look-ahead": Selection(selections.future_mass, QUERIES, recent=16),
+    "look-ahead": Selection(selections.future_mass, QUERIES, recent=selections.RECENT),
 }
 
 MERGES: dict[str, Callable[[Shape], Merge]] = {

@@ -15,12 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lococo.compressors.mass_merge import MAX_LOG_MASS, merged_by_mass
+from lococo.compressors.selections import RECENT
 from lococo.entries import Entries
 from lococo.norms import NormDeltas
 from lococo.shares import shares
-
-# Last entries that always stay.
-RECENT = 16
 
 # Numbers about an entry that the nets see besides its key and value; see `facts_of`.
 FACTS = 7
@@ -87,13 +85,23 @@ class Net(nn.Module):
 
     def forward(self, content: Tensor, facts: Tensor) -> Tensor:
         """Map (b h s 2d) and (b h s FACTS) to (outputs b h s)."""
-        b, h, s, _ = content.shape
-        hidden = nn.functional.silu(content @ self.content + self.facts(facts) + self.head)
-        for convolution in self.convolutions:
-            mixed = convolution(hidden.view(b * h, s, -1).transpose(1, 2)).transpose(1, 2).view(b, h, s, -1)
-            hidden = nn.functional.silu(hidden + mixed)
-        out: Tensor = self.out(hidden)
-        return out.permute(3, 0, 1, 2)
+        return side_by_side([self], content, facts)[0]
+
+
+def side_by_side(nets: Sequence[Net], content: Tensor, facts: Tensor) -> list[Tensor]:
+    """Return what each of several nets of one shape says to the same entries, in one go."""
+    b, h, s, _ = content.shape
+    first = torch.cat([net.content for net in nets], -1)
+    weight, bias = (torch.cat([getattr(net.facts, name) for net in nets]) for name in ("weight", "bias"))
+    head = torch.cat([net.head for net in nets], -1)
+    hidden = nn.functional.silu(content @ first + nn.functional.linear(facts, weight, bias) + head)
+    for convolutions in zip(*(net.convolutions for net in nets), strict=True):
+        weight, bias = (torch.cat([getattr(each, name) for each in convolutions]) for name in ("weight", "bias"))
+        rows = hidden.view(b * h, s, -1).transpose(1, 2)
+        mixed = nn.functional.conv1d(rows, weight, bias, padding=weight.shape[-1] // 2, groups=len(nets))
+        hidden = nn.functional.silu(hidden + mixed.transpose(1, 2).view(b, h, s, -1))
+    parts = hidden.chunk(len(nets), -1)
+    return [net.out(part).permute(3, 0, 1, 2) for net, part in zip(nets, parts, strict=True)]
 
 
 class LearnedHeads(nn.Module):
@@ -146,21 +154,30 @@ class LearnedHeads(nn.Module):
         """Keep the `num_slots` entries that later queries will attend to most, and merge the others into them."""
         least = None if self.on_compress is None else self.on_compress(layer_idx, entries, num_slots)
         mass = entries.future_mass.clamp(min=1e-9)
-        content, facts = content_of(entries), facts_of(entries, mass)
-        if self.form.learned_scores:
-            mass = raised(mass, self.scorers[str(layer_idx)](content, facts)[0], num_slots)
+        bonus, correction = self._said(entries, mass, str(layer_idx))
+        if bonus is not None:
+            mass = raised(mass, bonus[0], num_slots)
         if least is not None:
             mass = mass.maximum(least)
         scores = mass.detach().clone()  # which entries stay is no smooth choice
         scores[..., len(entries) - RECENT :] = torch.inf
         kept = scores.topk(num_slots, sorted=False).indices.sort().values
         gain = None
-        if self.form.learned_merge:
-            weight, gain = self.mergers[str(layer_idx)](content, facts)
+        if correction is not None:
+            weight, gain = correction
             mass = mass * weight.exp()
         if not self.form.max_log_mass:
             gain = None
         return merged_by_mass(entries, kept, mass, gain=gain, max_log_mass=self.form.max_log_mass)
+
+    def _said(self, entries: Entries, mass: Tensor, layer: str) -> list[Tensor | None]:
+        """Return what the layer's scorer and merger say, (1 b h s) and (2 b h s), None for one that is not there."""
+        nets = [nets[layer] if layer in nets else None for nets in (self.scorers, self.mergers)]
+        there = [net for net in nets if isinstance(net, Net)]
+        if not there:
+            return [None, None]
+        said = iter(side_by_side(there, content_of(entries), facts_of(entries, mass)))
+        return [None if net is None else next(said) for net in nets]
 
     def _weights(self, num_slots: int) -> list[float]:
         """Interpolate the layers' weights between the numbers of slots that they were measured at."""

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from lococo.entries import Entries
 
+# Last entries that stay whatever their mass, which is not known yet; more take room from others (docs/log.md).
+RECENT = 8
+
 
 def recency(entries: Entries) -> Tensor:
     """Score later entries higher: with sinks, StreamingLLM (arXiv 2309.17453)."""

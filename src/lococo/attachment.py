@@ -1,5 +1,6 @@
 """Attach a compressor to a model for the time of a `with` block."""
 
+import hashlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from lococo import attention, compressors
 from lococo.cache import Positions, SlotCache, grows
 from lococo.compressors import Compressor, Shape
 from lococo.errors import ArgumentError, LococoError, UnsupportedModelError, WindowError
-from lococo.facts import ModelFacts
+from lococo.facts import ModelFacts, weights_fingerprint
 from lococo.norms import norms_of
 from lococo.rope import Rotary
 
@@ -67,6 +68,19 @@ class Attachment:
                 f"layer, but {min(slots_per_layer)} were given; raise num_slots"
             )
         return compressor
+
+    def fingerprint(self) -> str:
+        """Return a short hash of all that decides what is read: weights and their dtype, compressor, slots, chunks."""
+        from lococo import __version__
+
+        digest = hashlib.sha256(weights_fingerprint(self.model).encode())
+        name = "full" if self.compressor is None else self.compressor.name
+        how = (self.model.dtype, name, self.slots_per_layer, self.chunk_size, self.positions)
+        digest.update(repr((*how, __version__)).encode())
+        for module in [] if self.compressor is None else compressors.modules(self.compressor):
+            for key, tensor in sorted(module.state_dict().items()):
+                digest.update(key.encode() + tensor.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def new_cache(self) -> Cache:
         """Return an empty cache for `past_key_values`: a SlotCache, or transformers' DynamicCache for "full"."""

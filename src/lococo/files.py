@@ -1,14 +1,11 @@
 """The files that a verb reads and writes, checked before anything slow begins."""
 
 import errno
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from lococo.documents import read_text
 from lococo.errors import ArgumentError, DocumentError
@@ -110,26 +107,3 @@ def check_output(path: Path, *, force: bool = False) -> None:
         raise ArgumentError(f"{path} exists already; choose another name, or replace it with --force")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(errno.EACCES, "the folder cannot be written; choose another", str(path.parent))
-
-
-@contextmanager
-def rows_file(target: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Write results as JSON lines, as they come; yields the function that writes one.
-
-    They go to a file beside the target, which takes the target's place when all are there: hours of work outlive an
-    interruption, and so does an older result.
-    """
-    partial = target.with_name(target.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-
-        def write(row: dict[str, Any]) -> None:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-
-        try:
-            yield write
-        except BaseException:
-            if file.tell() == 0:
-                partial.unlink()
-            raise
-    partial.replace(target)

@@ -9,17 +9,16 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lococo.errors import ArgumentError
-from lococo.files import check_exists, check_output, rows_file
+from lococo.files import check_exists, check_output
 from lococo.options import ModelOptions, check_at_least_one
+from lococo.results import results_file
 from lococo.train.recipe import Recipe
 from lococo.verbs import human
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -45,7 +44,8 @@ def eval_perplexity(
         chunk_size: Tokens per forward pass.
         max_length: Tokens of a window; tokens from the third chunk on count.
         max_windows: Windows per domain, one of each document in turn; all by default.
-        json: File for the results, one JSON object per line; replaced once all are there.
+        json: File for the results, one JSON object per line; replaced once all are there; run again, an
+            interrupted measurement goes on.
         positions: packed reads texts of any length; original refuses those longer than the model's window.
         budget: How the slots are spread over the layers, at an equal total; own: as learned, or else uniform.
         model: Which model reads.
@@ -58,7 +58,7 @@ def eval_perplexity(
     from lococo.progress import counting
 
     loaded, tokenizer = _loaded(model)
-    with rows_file(target) as report, counting("windows") as progress:
+    with results_file(target) as results, counting("windows") as progress:
         rows = perplexity.evaluate(
             loaded,
             tokenizer,
@@ -70,7 +70,7 @@ def eval_perplexity(
             max_windows=max_windows,
             positions=positions,
             budget=budget,
-            report=report,
+            results=results,
             progress=progress,
         )
     from rich.console import Console
@@ -102,7 +102,8 @@ def eval_needle(
         lengths: Tokens of text, needle and question, one number or more.
         trials: Texts per length; ten depths take turns.
         seed: Of keys and numbers.
-        json: File for the results, one JSON object per line; replaced once all are there.
+        json: File for the results, one JSON object per line; replaced once all are there; run again, an
+            interrupted measurement goes on.
         model: Which model reads.
     """
     check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, trials=trials, lengths=min(lengths))
@@ -114,7 +115,7 @@ def eval_needle(
     from lococo.progress import counting
 
     loaded, tokenizer = _loaded(model)
-    with rows_file(target) as report, counting("trials") as progress:
+    with results_file(target) as results, counting("trials") as progress:
         rows = needle.evaluate(
             loaded,
             tokenizer,
@@ -125,7 +126,7 @@ def eval_needle(
             lengths=lengths,
             trials=trials,
             seed=seed,
-            report=report,
+            results=results,
             progress=progress,
         )
     Console().print(accuracy_table(rows))
@@ -219,17 +220,17 @@ def ablate(table: str, *, data: str, output: str, json: str, plot: str | None = 
 
     rows = ablations.read_table(path)
     loaded, tokenizer = _loaded(model)
-    with rows_file(target) as report:
-        results = ablations.run(
+    with results_file(target) as results:
+        ablations.run(
             rows,
             loaded,
             tokenizer,
             data=Path(data).expanduser(),
             output=Path(output).expanduser(),
-            report=report,
+            results=results,
             say=partial(print, file=sys.stderr),
         )
-    made = ablations.summary(results)
+    made = ablations.summary(results.rows)
     Console().print(ablation_table(made))
     if picture is not None:
         plot_ablations(made, picture)
@@ -267,10 +268,9 @@ def bench(
     from rich.console import Console
 
     from lococo.bench import measure
-    from lococo.progress import counting
+    from lococo.progress import beyond, counting
 
-    rows: list[dict[str, Any]] = []
-    with rows_file(target) as report, counting("measurements") as progress:
+    with results_file(target) as results, counting("measurements") as progress:
         total = len(lengths) * repeats * len(compressor)
         for number, length in enumerate(lengths):
             settings = [
@@ -288,15 +288,9 @@ def bench(
                 for name in compressor
             ]
             before = number * repeats * len(compressor)
-            for row in measure.bench(settings, repeats=repeats, progress=partial(_shifted, progress, before, total)):
-                rows.append(row)
-                report(row)
-    Console().print(measure.table(rows))
-
-
-def _shifted(progress: "Callable[[int, int], None]", before: int, total: int, done: int) -> None:
-    """Report what is done of one length as part of all lengths."""
-    progress(before + done, total)
+            for row in measure.bench(settings, repeats=repeats, progress=beyond(progress, before, total)):
+                results.add(row)
+    Console().print(measure.table(results.rows))
 
 
 def _checked(data: str, json: str) -> Path:

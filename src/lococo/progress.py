@@ -99,6 +99,19 @@ def _held(cache: Cache) -> str:
     return f"{min(filled, cache.num_slots):,.0f}/{cache.num_slots:,.0f} slots"
 
 
+Counted = Callable[[int], None]
+
+
+def beyond(progress: Callable[[int, int], None] | None, before: int, total: int) -> Counted:
+    """Return what counts the pieces of one part of the work, of which `before` are done in other parts."""
+
+    def counted(done: int) -> None:
+        if progress is not None:
+            progress(before + done, total)
+
+    return counted
+
+
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar of things done, if stderr is a terminal; yields a function that takes those done and all there are."""

@@ -5,8 +5,9 @@ import pytest
 from families import tiny
 
 from lococo.errors import ArgumentError, DocumentError
-from lococo.eval import ablations
+from lococo.eval import ablations, perplexity
 from lococo.eval.plots import plot_ablations
+from lococo.results import Results
 
 TABLE = """
 base: {num_slots: [24], chunk_size: 16, length: 100, steps: 2, calibrate_at: [], learned_scores: false}
@@ -37,17 +38,16 @@ def table_in(folder, text=TABLE):
     return folder / "table.yaml"
 
 
-def test_rows_are_trained_once_and_measured_where_they_say(tmp_path, data, tokenizer):
+def test_rows_are_trained_once_and_measured_where_they_say(tmp_path, data, tokenizer, monkeypatch):
     # Training freezes the model.
-    rows, said, reported, model = ablations.read_table(table_in(tmp_path)), [], [], deepcopy(tiny())
+    rows, said, model = ablations.read_table(table_in(tmp_path)), [], deepcopy(tiny())
 
     def run():
-        return ablations.run(
-            rows, model, tokenizer, data=data, output=tmp_path / "out", report=reported.append, say=said.append
-        )
+        found = Results()
+        ablations.run(rows, model, tokenizer, data=data, output=tmp_path / "out", results=found, say=said.append)
+        return found.rows
 
     results = run()
-    assert reported == results
     assert sum("training in" in line for line in said) == 2
     # Two domains, and two numbers of slots.
     assert len(results) == 5 * 4
@@ -60,8 +60,9 @@ def test_rows_are_trained_once_and_measured_where_they_say(tmp_path, data, token
         assert row["low"] <= row["gap"] <= row["high"]
         assert row["gap"] == pytest.approx(sum(row["by_domain"].values()) / 2)
     said.clear()
+    monkeypatch.setattr(perplexity, "score", lambda *arguments: pytest.fail("measured again"))
     assert run() == results
-    assert said == []
+    assert not any("training in" in line for line in said)
     plot_ablations(made, tmp_path / "plot.svg")
     assert "kernel size" in (tmp_path / "plot.svg").read_text()
     with pytest.raises(ArgumentError, match=r"name a file such as plot\.svg"):
@@ -70,7 +71,12 @@ def test_rows_are_trained_once_and_measured_where_they_say(tmp_path, data, token
 
 def test_what_would_fail_after_hours_fails_at_once(tmp_path, data, tokenizer):
     def run(rows, texts):
-        options = {"data": texts, "output": tmp_path / "out", "report": print, "say": lambda line: pytest.fail(line)}
+        options = {
+            "data": texts,
+            "output": tmp_path / "out",
+            "results": Results(),
+            "say": lambda line: pytest.fail(line),
+        }
         ablations.run(rows, tiny(), tokenizer, **options)
 
     rows = ablations.read_table(table_in(tmp_path, TABLE.replace("compressor: h2o", "compressor: h3o")))

@@ -1,3 +1,4 @@
+import contextlib
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from transformers import DynamicCache
 from lococo.corpora import domains
 from lococo.errors import ArgumentError, DocumentError
 from lococo.eval.perplexity import difference, evaluate, interval
+from lococo.results import Results
 
 
 def document(length, seed):
@@ -127,7 +129,7 @@ def test_bad_input_is_refused_before_anything_is_scored(tokenizer, data, tmp_pat
             "chunk_size": 16,
             "max_length": 100,
         } | options
-        return evaluate(tiny(), tokenizer, report=lambda row: pytest.fail("scored"), **options)
+        return evaluate(tiny(), tokenizer, progress=lambda done, total: pytest.fail("scored"), **options)
 
     with pytest.raises(ArgumentError, match=r"unknown compressor 'h3o'.*'h2o'"):
         run(compressors=["h3o"])
@@ -165,3 +167,25 @@ def test_blank_lines_empty_files_and_byte_order_marks_are_nothing_special(tokeni
         tiny(), tokenizer, data=tmp_path, compressors=["h2o"], num_slots=[40], chunk_size=16, max_length=100
     )
     assert rows[0]["tokens"] == 90 - 32
+
+
+def test_an_interrupted_run_goes_on_with_the_same_figures(tokenizer, data, tmp_path):
+    def run(results, stop=None):
+        def progress(done, total):
+            if done == stop:
+                raise KeyboardInterrupt
+            seen.append((done, total))
+
+        seen = []
+        options = {"compressors": ["h2o", "mass-merge"], "num_slots": [40], "chunk_size": 16, "max_length": 100}
+        with contextlib.suppress(KeyboardInterrupt):
+            rows = evaluate(tiny(), tokenizer, data=data, results=results, progress=progress, **options)
+            return rows, seen
+        return None, seen
+
+    expected, _ = run(None)
+    assert run(Results(tmp_path / "rows.jsonl"), stop=10)[0] is None
+    rows, seen = run(Results(tmp_path / "rows.jsonl"))
+    assert rows == expected
+    # Four windows of books for each of three, of which two were done, and two of the web for each.
+    assert seen == [(done, 18) for done in range(9, 19)]

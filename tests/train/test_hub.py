@@ -65,6 +65,24 @@ def test_datasets_is_asked_for_where_it_is_absent(monkeypatch, tmp_path):
         hub.fetch("hf:owner/name", documents=1, seed=0)
 
 
+def test_the_library_itself_streams_and_shuffles_what_it_opens(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCOCO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    (tmp_path / "set").mkdir()
+    texts = [f"document {number}" for number in range(50)]
+    lines = "".join(json.dumps({"text": text, "source": "web"}) + "\n" for text in texts)
+    (tmp_path / "set" / "train.jsonl").write_text(lines)
+    drawn = [
+        list(hub._texts(hub._stream(str(tmp_path / "set"), None, None, seed, "hf:set"), 40, "hf:set"))
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(set(drawn[0])) == 40
+    assert set(drawn[0]) < set(texts)
+    with pytest.raises(DocumentError, match=r"hf:none could not be opened: .*look for its name"):
+        hub._stream(str(tmp_path / "none"), None, None, 0, "hf:none")
+
+
 class Letters:
     """A tokenizer of single characters."""
 

@@ -9,7 +9,7 @@ merged and how much attention its slot asks for. Nothing depends on the number o
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -172,12 +172,10 @@ class LearnedHeads(nn.Module):
 
     def _said(self, entries: Entries, mass: Tensor, layer: str) -> list[Tensor | None]:
         """Return what the layer's scorer and merger say, (1 b h s) and (2 b h s), None for one that is not there."""
-        nets = [nets[layer] if layer in nets else None for nets in (self.scorers, self.mergers)]
-        there = [net for net in nets if isinstance(net, Net)]
-        if not there:
-            return [None, None]
-        said = iter(side_by_side(there, content_of(entries), facts_of(entries, mass)))
-        return [None if net is None else next(said) for net in nets]
+        both = (self.scorers, self.mergers)
+        there = [cast(Net, nets[layer]) for nets in both if layer in nets]
+        said = iter(side_by_side(there, content_of(entries), facts_of(entries, mass)) if there else ())
+        return [next(said) if layer in nets else None for nets in both]
 
     def _weights(self, num_slots: int) -> list[float]:
         """Interpolate the layers' weights between the numbers of slots that they were measured at."""

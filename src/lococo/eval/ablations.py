@@ -4,8 +4,6 @@ A table in YAML names the common recipe, where the heads are measured, and per r
 share run once; what is done is found again after an interruption.
 """
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -19,10 +17,9 @@ from lococo.corpora import domains
 from lococo.errors import ArgumentError, DocumentError
 from lococo.eval import perplexity
 from lococo.facts import weights_fingerprint
+from lococo.results import Results, Row, key_of
 from lococo.train.recipe import Recipe
 from lococo.train.run import train
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -116,9 +113,9 @@ def run(
     *,
     data: Path,
     output: Path,
-    report: Callable[[Row], None],
+    results: Results,
     say: Callable[[str], None] = print,
-) -> list[Row]:
+) -> None:
     """Train and measure every row.
 
     Args:
@@ -127,27 +124,24 @@ def run(
         tokenizer: The model's.
         data: Text, one subfolder per domain, each with parts to train and to measure on, see `corpora.domains`.
         output: Folder for heads and for what was measured, of any number of models and corpora.
-        report: Called with each row of results as it is done.
+        results: Where rows of `perplexity.evaluate` go, each with subject, name, and what the heads were trained with:
+            steps, seconds and tokens.
         say: Called with a line for people.
-
-    Returns:
-        Rows of `perplexity.evaluate`, each with subject, name, and what the heads were trained with: steps, seconds
-        and tokens.
     """
     _check(ablations, model, data)
-    output = output.resolve() / _key({"model": weights_fingerprint(model), "data": str(data.resolve())})
+    output = output.resolve() / key_of({"model": weights_fingerprint(model), "data": str(data.resolve())})
     output.mkdir(parents=True, exist_ok=True)
     names = [_trained(ablation, model, tokenizer, data, output, say) for ablation in ablations]
-    rows: list[Row] = []
+    kept = Results(output / "measured.jsonl")
     for use in dict.fromkeys(ablation.use for ablation in ablations):
         same = [(ablation, name) for ablation, name in zip(ablations, names, strict=True) if ablation.use == use]
-        measured = _measured(use, list(dict.fromkeys(name for _, name in same)), model, tokenizer, data, output, say)
+        compressors = list(dict.fromkeys(name for _, name in same))
+        say(f"measuring {len(compressors)} compressors with chunks of {use.chunk_size} and budgets {use.budget}")
+        measured = perplexity.evaluate(model, tokenizer, data=data, compressors=compressors, results=kept, **vars(use))
         for ablation, name in same:
             for row in measured:
                 if row["compressor"] == name:
-                    rows.append({"subject": ablation.subject, "name": ablation.name} | row | _trained_with(name))
-                    report(rows[-1])
-    return rows
+                    results.add({"subject": ablation.subject, "name": ablation.name} | row | _trained_with(name))
 
 
 def _check(ablations: list[Ablation], model: PreTrainedModel, data: Path) -> None:
@@ -176,7 +170,7 @@ def _trained(
     """Return the compressor of a row, trained if need be."""
     if ablation.recipe is None:
         return ablation.compressor
-    folder = output / _key(vars(ablation.recipe))
+    folder = output / key_of(vars(ablation.recipe))
     if not (folder / "config.json").exists():
         say(f"{ablation.subject}, {ablation.name}: training in {folder}")
         train(model, tokenizer, ablation.recipe, folder, data=[str(data)], say=say)
@@ -190,31 +184,6 @@ def _trained_with(name: str) -> Row:
     training = read_config(Path(name))["training"]
     costs = {key: training[key] for key in ("seconds", "tokens")}
     return {"compressor": Path(name).name, "steps": training["recipe"]["steps"]} | costs
-
-
-def _measured(
-    use: Use,
-    names: list[str],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Path,
-    output: Path,
-    say: Callable[[str], None],
-) -> list[Row]:
-    """Return what was measured at one place, from an earlier run if it is all there."""
-    key = _key(vars(use) | {"names": [Path(name).name for name in names]})
-    file = output / f"measured-{key}.jsonl"
-    if not file.exists():
-        say(f"measuring {len(names)} compressors with chunks of {use.chunk_size} and budgets {use.budget}")
-        rows = perplexity.evaluate(model, tokenizer, data=data, compressors=names, **vars(use))
-        partial = file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-        partial.replace(file)
-    return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-
-
-def _key(settings: Row) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def summary(rows: list[Row]) -> list[Row]:

@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lococo.attachment import attach, window_of
+from lococo.attachment import Attachment, attach, window_of
 from lococo.corpora import domains, windows_of
 from lococo.errors import ArgumentError, DocumentError
+from lococo.progress import Counted, beyond
 from lococo.reader import stream
-
-Row = dict[str, Any]
+from lococo.results import Results, Row, key_of
 
 # The needle lies at so many depths, from the beginning of the text to its end, in turn.
 DEPTHS = 10
@@ -56,7 +57,7 @@ def evaluate(
     lengths: Sequence[int] = (1024, 2048, 4096, 8000),
     trials: int = 50,
     seed: int = 0,
-    report: Callable[[Row], None] | None = None,
+    results: Results | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
     """Ask for a hidden number, with the full cache and with each compressor, on the same texts.
@@ -71,12 +72,12 @@ def evaluate(
         lengths: Tokens of text, needle and question.
         trials: Per length; the depths take turns.
         seed: Of keys, values and the order of the texts.
-        report: Called with each row as it is done.
+        results: Where rows go as they are done; those that it holds already are not measured again.
         progress: Called with the trials done and all there are.
 
     Returns:
         One row per length and compressor: task, length, compressor, num_slots, chunk_size, trials, accuracy, its 95 %
-        interval low and high, correct (1 or 0 per trial) and by_depth (accuracy).
+        interval low and high, correct (1 or 0 per trial), by_depth (accuracy), and run, see `results`.
 
     Raises:
         ArgumentError: If a length leaves no room for text or leaves the model's window.
@@ -90,32 +91,41 @@ def evaluate(
     names = ["full", *(name for name in dict.fromkeys(compressors) if name != "full")]
     attached = {name: attach(model, name, num_slots=num_slots, chunk_size=chunk_size) for name in names}
     made = {length: make_trials(tokenizer, data, length, trials, seed) for length in lengths}
+    results = Results() if results is None else results
     total, done = len(lengths) * len(names) * trials, 0
     rows: list[Row] = []
     for length, same in made.items():
         for name in names:
-            correct = []
-            with attached[name] as slots:
-                for trial in same:
-                    answer = stream(model, torch.tensor([trial.ids]), slots.new_cache(), max_new_tokens=DIGITS + 2)
-                    said = str(tokenizer.decode(list(answer)))
-                    found = re.match(r"\s*(\d+)", said)
-                    correct.append(int(found is not None and found[1] == trial.value))
-                    done += 1
-                    if progress is not None:
-                        progress(done, total)
-            row = {
+            settings = {
                 "task": "needle",
                 "length": length,
                 "compressor": name,
                 "num_slots": num_slots,
                 "chunk_size": chunk_size,
-                **_figures(correct, [trial.depth for trial in same]),
             }
-            rows.append(row)
-            if report is not None:
-                report(row)
+
+            measure = partial(_measured, model, tokenizer, attached[name], same, beyond(progress, done, total))
+            texts = key_of({"texts": [trial.ids for trial in same]})
+            rows.append(results.measured(settings, measure, of=attached[name].fingerprint() + texts))
+            done += trials
     return rows
+
+
+def _measured(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    attachment: Attachment,
+    trials: list[Trial],
+    counted: Counted,
+) -> Row:
+    correct = []
+    with attachment:
+        for trial in trials:
+            answer = stream(model, torch.tensor([trial.ids]), attachment.new_cache(), max_new_tokens=DIGITS + 2)
+            found = re.match(r"\s*(\d+)", str(tokenizer.decode(list(answer))))
+            correct.append(int(found is not None and found[1] == trial.value))
+            counted(len(correct))
+    return _figures(correct, [trial.depth for trial in trials])
 
 
 def make_trials(tokenizer: PreTrainedTokenizerBase, data: Path, length: int, trials: int, seed: int = 0) -> list[Trial]:

@@ -5,19 +5,20 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lococo.attachment import attach, window_of
+from lococo.attachment import Attachment, attach, window_of
 from lococo.budgets import slots_for
 from lococo.cache import Positions
 from lococo.corpora import domains, windows_of
 from lococo.errors import ArgumentError, DocumentError
+from lococo.progress import Counted, beyond
 from lococo.reader import score
+from lococo.results import Results, Row, key_of
 
-Row = dict[str, Any]
+Windows = list[list[int]]
 
 RESAMPLES = 2000
 
@@ -34,7 +35,7 @@ def evaluate(
     max_windows: int | None = None,
     positions: Positions = "packed",
     budget: str = "own",
-    report: Callable[[Row], None] | None = None,
+    results: Results | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
     """Score every domain's windows with the full cache and with each compressor.
@@ -52,14 +53,14 @@ def evaluate(
         max_windows: Windows per domain, one per document in turn; None: all.
         positions: See `attach`.
         budget: See `budgets.slots_for`.
-        report: Called with each row as it is done.
+        results: Where rows go as they are done; those that it holds already are not measured again.
         progress: Called with windows done and windows in all, after each.
 
     Returns:
         One row per domain, compressor and number of slots (None for "full"): task, domain, compressor, num_slots,
         chunk_size, max_length, tokens, nll (nats per token), gap (nll minus the full cache's), gap_low and gap_high
         (95 %, bootstrap over windows), and per window window_tokens, window_nll and window_gap, from which other
-        differences can be computed.
+        differences can be computed; and run, see `results`.
 
     Raises:
         ArgumentError: If no token would count, or a number or name is out of range.
@@ -93,51 +94,57 @@ def evaluate(
     for domain, windows in corpus.items():
         if not windows:
             raise DocumentError(f"domain {domain!r} of {data} has no document of more than {2 * chunk_size} tokens")
+    results = Results() if results is None else results
     total, done = sum(map(len, corpus.values())) * len(attached), 0
     rows: list[Row] = []
     for domain, windows in corpus.items():
-        counts = [len(window) - 2 * chunk_size for window in windows]
         full: list[float] = []
         for (name, slots), attachment in attached.items():
-            sums = []
-            with attachment:
-                for window in windows:
-                    scores = score(model, torch.tensor([window]), attachment.new_cache())
-                    sums.append(-scores[0, 2 * chunk_size - 1 :].double().sum().item())
-                    done += 1
-                    if progress is not None:
-                        progress(done, total)
-            full = full or sums
-            row = {
+            settings = {
                 "task": "perplexity",
                 "domain": domain,
                 "compressor": name,
                 "num_slots": slots or None,
                 "chunk_size": chunk_size,
                 "max_length": max_length,
-                **_figures(sums, full, counts),
                 "positions": positions,
                 "budget": budget,
             }
+
+            counted = beyond(progress, done, total)
+            measure = partial(_measured, model, attachment, windows, full, counted)
+            row = results.measured(settings, measure, of=attachment.fingerprint() + key_of({"windows": windows}))
+            full = full or row["window_nll"]
             rows.append(row)
-            if report is not None:
-                report(row)
+            done += len(windows)
     return rows
 
 
-def _figures(sums: list[float], full: list[float], counts: list[int]) -> Row:
+def _measured(
+    model: PreTrainedModel, attachment: Attachment, windows: Windows, full: list[float], counted: Counted
+) -> Row:
+    """Score windows; `full` is the full cache's nll of each, [] when that is what is measured."""
+    uncounted = 2 * attachment.chunk_size
+    nll = []
+    with attachment:
+        for window in windows:
+            scores = score(model, torch.tensor([window]), attachment.new_cache())
+            nll.append(-scores[0, uncounted - 1 :].double().mean().item())
+            counted(len(nll))
+    counts = [len(window) - uncounted for window in windows]
+    gaps = [mine - theirs for mine, theirs in zip(nll, full or nll, strict=True)]
+    sums = [gap * count for gap, count in zip(gaps, counts, strict=True)]
+    low, high = interval(sums, counts)
     tokens = sum(counts)
-    differences = [mine - theirs for mine, theirs in zip(sums, full, strict=True)]
-    low, high = interval(differences, counts)
     return {
         "tokens": tokens,
-        "nll": sum(sums) / tokens,
-        "gap": sum(differences) / tokens,
+        "nll": sum(mine * count for mine, count in zip(nll, counts, strict=True)) / tokens,
+        "gap": sum(sums) / tokens,
         "gap_low": low,
         "gap_high": high,
         "window_tokens": counts,
-        "window_nll": [total / count for total, count in zip(sums, counts, strict=True)],
-        "window_gap": [more / count for more, count in zip(differences, counts, strict=True)],
+        "window_nll": nll,
+        "window_gap": gaps,
     }
 
 

@@ -1,0 +1,82 @@
+"""Rows of results in a file as they come, so that what an interrupted run has measured is not measured again."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+# Names what a row was measured with; rows that differ in anything that could change their figures differ in it.
+RUN = "run"
+
+
+class Results:
+    """Rows in the order in which they were asked for, backed by a file of JSON lines."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        """Open a file that may hold rows already; without one, rows are only held in memory."""
+        self.rows: list[Row] = []
+        self._file = file
+        self._kept: dict[str, Row] = {}
+        if file is not None and file.exists():
+            lines = file.read_text("utf-8", errors="replace").splitlines()
+            rows = [row for row in map(_readable, lines) if row is not None]
+            self._kept = {row[RUN]: row for row in rows if RUN in row}
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+
+    def measured(self, settings: Row, measure: Callable[[], Row], *, of: str = "") -> Row:
+        """Return the row of some settings, measured now unless the file holds it.
+
+        Args:
+            settings: What is measured; they begin the row.
+            measure: Returns the figures, which follow.
+            of: What else the figures depend on, such as weights and text.
+        """
+        run = key_of({"settings": settings, "of": of})
+        row = self._kept.get(run)
+        if row is None:
+            row = {**settings, **measure(), RUN: run}
+            self._write(row)
+        self.rows.append(row)
+        return row
+
+    def add(self, row: Row) -> None:
+        """Keep a row that no later run could take over."""
+        self._write(row)
+        self.rows.append(row)
+
+    def _write(self, row: Row) -> None:
+        if self._file is not None:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+@contextmanager
+def results_file(target: Path) -> Iterator[Results]:
+    """Yield results that become a file of JSON lines when all are there.
+
+    They go to a file beside the target, which takes the target's place then: hours of work outlive an interruption,
+    and so does an older result.
+    """
+    partial = target.with_name(target.name + ".partial")
+    results = Results(partial)
+    yield results
+    partial.write_text("".join(json.dumps(row) + "\n" for row in results.rows), "utf-8")
+    partial.replace(target)
+
+
+def _readable(line: str) -> Row | None:
+    """Return the row of a line, None for one that was cut off while it was written."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def key_of(settings: Row) -> str:
+    """Return a short name for settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,72 @@
+import contextlib
+import json
+
+import pytest
+
+from lococo.results import Results, results_file
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_rows_take_the_place_of_the_target_when_all_are_there(tmp_path):
+    target = tmp_path / "rows.jsonl"
+    target.write_text("older")
+    with results_file(target) as results:
+        row = results.measured({"a": 1}, lambda: {"b": 2})
+        assert target.read_text() == "older"
+        assert lines(tmp_path / "rows.jsonl.partial") == [row] == [{"a": 1, "b": 2, "run": row["run"]}]
+    assert lines(target) == [row]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_an_interruption_keeps_the_older_result_and_what_was_done(rows, tmp_path):
+    target = tmp_path / "rows.jsonl"
+    target.write_text("older")
+    with contextlib.suppress(KeyboardInterrupt), results_file(target) as results:
+        for _ in range(rows):
+            results.add({"a": 1})
+        raise KeyboardInterrupt
+    assert target.read_text() == "older"
+    assert (tmp_path / "rows.jsonl.partial").exists() == bool(rows)
+
+
+def test_what_was_measured_before_an_interruption_is_not_measured_again(tmp_path):
+    target, partial, measured = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.partial", []
+
+    def run(names, of, stop=None):
+        with results_file(target) as results:
+            for name in names:
+                if name == stop:
+                    raise KeyboardInterrupt
+                results.measured({"name": name}, lambda name=name: {"seen": measured.append(name)}, of=of)
+        return results.rows
+
+    with contextlib.suppress(KeyboardInterrupt):
+        run("abc", "weights", stop="c")
+    with partial.open("a") as file:  # killed in the middle of a line
+        file.write('{"name": "c", "se')
+    assert [row["name"] for row in run("cab", "weights")] == ["c", "a", "b"]
+    assert measured == ["a", "b", "c"]
+    assert [row["name"] for row in lines(target)] == ["c", "a", "b"]
+    # A run that was not interrupted leaves nothing to take over.
+    run("a", "weights")
+    assert measured == ["a", "b", "c", "a"]
+
+
+def test_rows_of_other_weights_are_measured_again(tmp_path):
+    file, measured = tmp_path / "rows.jsonl", []
+    for of in ("these", "those", "these"):
+        Results(file).measured({"a": 1}, lambda of=of: {"of": measured.append(of)}, of=of)
+    assert measured == ["these", "those"]
+
+
+def test_lines_that_are_damaged_are_measured_again(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    first = Results(file).measured({"a": 1}, lambda: {})
+    file.write_text("nonsense\n3\n" + file.read_text())
+    results = Results(file)
+    assert results.measured({"a": 1}, lambda: pytest.fail("measured")) == first
+    assert lines(file) == [first]

@@ -4,6 +4,7 @@ from families import FAMILIES, left_padded, tiny, tokens
 from transformers import DynamicCache
 
 import lococo
+from lococo.cache import fork
 from lococo.compressors import PAIRS, MassMerge, Selection, SelectMerge
 from lococo.compressors.selections import recency
 from lococo.errors import ArgumentError, LococoError, WindowError
@@ -339,3 +340,21 @@ def test_an_interrupted_chunk_of_a_model_with_sliding_layers_is_not_read_on_from
         hook.remove()
         with pytest.raises(LococoError, match="interrupted halfway"):
             model(ids[:, 30:], past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("compressor", ["full", "h2o", "mass-merge"])
+@torch.no_grad()
+def test_a_fork_goes_on_by_itself(family, compressor):
+    model, ids = tiny(family), tokens(1, 120)
+    with lococo.attach(model, compressor, num_slots=40, chunk_size=16) as slots:
+        alone = slots.new_cache()
+        model(ids[:, :70], past_key_values=alone)
+        other = fork(alone)
+        seen_by_other = model(ids[:, :50], past_key_values=other).logits
+        fork(alone).batch_repeat_interleave(2)
+        went_on = model(ids[:, 70:], past_key_values=alone).logits
+        for rest, expected in ((ids[:, 70:], went_on), (ids[:, :50], seen_by_other)):
+            cache = slots.new_cache()
+            model(ids[:, :70], past_key_values=cache)
+            assert torch.equal(model(rest, past_key_values=cache).logits, expected)

@@ -6,6 +6,7 @@ and then after every further `chunk_size`. That moment depends on nothing but th
 left padding, batching, the way a text is cut into calls, and prefill against decode all give the same slots.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
@@ -245,6 +246,18 @@ class SlotCache(Cache):
         """Repeat every row `repeats` times."""
         super().batch_repeat_interleave(repeats)
         self.rows.select([row for row in range(len(self.rows.tokens)) for _ in range(repeats)])
+
+
+def fork(cache: Cache) -> Cache:
+    """Return a cache that holds the same and goes on by itself: what either reads later, the other does not see."""
+    if not isinstance(cache, SlotCache):
+        return copy.deepcopy(cache)
+    made = copy.copy(cache)
+    made.rows = copy.deepcopy(cache.rows)
+    made.layers = [
+        layer.fork(made.rows) if isinstance(layer, SlotLayer) else copy.deepcopy(layer) for layer in cache.layers
+    ]
+    return made
 
 
 def kv_nbytes(cache: Cache) -> int:

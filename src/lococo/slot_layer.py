@@ -1,5 +1,6 @@
 """One layer's buffer of slots and fresh entries, written in place."""
 
+import copy
 from collections import defaultdict
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -256,6 +257,15 @@ class SlotLayer(CacheLayerMixin):
 
     def _row_index(self, rows: list[int]) -> Tensor | slice:
         return slice(None) if len(rows) == len(self.held) else torch.tensor(rows, device=self.keys.device)
+
+    def fork(self, rows: Rows) -> "SlotLayer":
+        """Return a layer that holds the same and goes on by itself, with rows of its own."""
+        made = copy.copy(self)
+        made.rows, made.held = rows, list(self.held)
+        for name in self.row_tensors:
+            if (tensor := getattr(self, name)) is not None:
+                setattr(made, name, tensor.clone())
+        return made
 
     def detach(self) -> None:
         """Cut the gradient off."""

@@ -1,0 +1,283 @@
+"""lm-evaluation-harness with slots: every request is read chunk by chunk, so that compression really happens.
+
+The class of transformers models that lm-eval brings along makes one forward pass per request without a cache. This one
+takes its tokenisation, stop strings and chat templates, and reads what several requests begin with only once.
+`python -m lococo.eval.harness` is lm-eval's own command line, which then knows `--model lococo`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from tqdm import tqdm
+from transformers import Cache, PreTrainedModel
+
+from lococo.attachment import attach
+from lococo.budgets import slots_for
+from lococo.cache import Positions, fork
+from lococo.errors import ArgumentError
+from lococo.models import load_model
+from lococo.reader import prefill, read
+
+# Requests that have fewer tokens in common than this are read side by side from where they part.
+LEAST_SHARED = 32
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A text, and how much of it may be read together with others.
+
+    Attributes:
+        ids: Its tokens.
+        shareable: Leading tokens whose predictions nobody asks for, at least one less than there are.
+    """
+
+    ids: list[int]
+    shareable: int
+
+
+@register_model("lococo")
+class SlotLM(HFLM):
+    """A model of transformers that reads in slots."""
+
+    def __init__(
+        self,
+        pretrained: str | PreTrainedModel | None = None,
+        *,
+        tokenizer: Any = None,
+        compressor: str = "auto",
+        num_slots: int = 512,
+        chunk_size: int = 256,
+        positions: Positions = "packed",
+        budget: str = "own",
+        dtype: str = "float32",
+        device: str | None = None,
+        too_long: str = "truncate",
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> None:
+        """Load a model, unless it is given with its tokenizer, and attach a compressor.
+
+        Args:
+            pretrained: See `load_model`.
+            tokenizer: Of a model that is given.
+            compressor: See `attach`; "full" keeps every token.
+            num_slots: Entries that survive a compression, mean over the layers.
+            chunk_size: Tokens per forward pass.
+            positions: See `attach`.
+            budget: See `budgets.slots_for`.
+            dtype: Of the model.
+            device: Of the model; None: where it loads.
+            too_long: What happens to a prompt beyond `max_length`, which is the model's window by default: "truncate"
+                cuts its beginning off, as lm-eval does, and counts it in `truncated`; "refuse" stops.
+            trust_remote_code: Let the model's repository run its own code.
+            **options: Of lm-eval's `hf` model: batch_size, max_length, add_bos_token, and others.
+
+        Raises:
+            ArgumentError: If a name or number is out of range.
+        """
+        if too_long not in ("truncate", "refuse"):
+            raise ArgumentError(f"too_long must be 'truncate' or 'refuse', got {too_long!r}")
+        if tokenizer is None:
+            pretrained, tokenizer = load_model(
+                pretrained, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            )
+        # lm-eval hands its own command's --device on to every model.
+        super().__init__(pretrained=pretrained, tokenizer=tokenizer, **options)
+        self.too_long = too_long
+        self.truncated = 0
+        spread = slots_for(
+            self.model, tokenizer, budget, compressor=compressor, num_slots=num_slots, chunk_size=chunk_size
+        )
+        self.attachment = attach(
+            self.model,
+            compressor,
+            num_slots=num_slots,
+            chunk_size=chunk_size,
+            positions=positions,
+            slots_per_layer=spread,
+        )
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """Return, per request, the log-likelihood of its continuation and whether it is the likeliest one.
+
+        Args:
+            requests: The strings (None for windows of a longer text), tokens of the context and of the continuation.
+            disable_tqdm: Show no bar.
+            override_bs: Batch size.
+        """
+        wanted, counts = [], []
+        for _, context, continuation in requests:
+            ids = self._fitting(context + continuation, self.max_length + 1)
+            wanted.append(Wanted(ids[:-1], len(ids) - len(continuation) - 1))
+            counts.append(len(continuation))
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        with self.attachment, tqdm(total=len(requests), disable=disable_tqdm, desc="log-likelihoods") as bar:
+            for cache, start, group in self._groups(wanted, override_bs):
+                rows = [wanted[number].ids[start:] for number in group]
+                targets = [[*row[1:], requests[number][2][-1]] for number, row in zip(group, rows, strict=True)]
+                scores, likeliest = self._scored(cache, rows, targets)
+                for number, row, score, hit in zip(group, rows, scores, likeliest, strict=True):
+                    places = slice(len(row) - counts[number], len(row))
+                    answers[number] = (score[places].sum().item(), bool(hit[places].all()))
+                    if requests[number][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
+                bar.update(len(group))
+        return answers
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """Return what the model writes after each request's context, up to its stop strings."""
+        answers = [""] * len(requests)
+        kinds: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            kinds.setdefault(repr(request.args[1]), []).append(number)
+        with self.attachment, tqdm(total=len(requests), disable=disable_tqdm, desc="answers") as bar:
+            for numbers in kinds.values():
+                how = normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks)
+                eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+                until = handle_stop_sequences(how.pop("until", None), eos=eos)
+                room = self.max_length - how["max_gen_toks"]
+                if room < 1:
+                    raise ArgumentError(
+                        f"answers of {how['max_gen_toks']} tokens leave no room in a window of {self.max_length}; "
+                        "lower max_gen_toks"
+                    )
+                texts = [self._fitting(self.tok_encode(requests[number].args[0]), room) for number in numbers]
+                wanted = [Wanted(ids, len(ids) - 1) for ids in texts]
+                for cache, start, group in self._groups(wanted):
+                    written = self._written(cache, start, [texts[place] for place in group], until, how)
+                    for place, ids in zip(group, written, strict=True):
+                        request = requests[numbers[place]]
+                        text = postprocess_generated_text(self.tok_decode(ids), until, None)
+                        answers[numbers[place]] = text
+                        self.cache_hook.add_partial("generate_until", request.args, text)
+                    bar.update(len(group))
+        return answers
+
+    def _fitting(self, ids: list[int], length: int) -> list[int]:
+        """Return the last `length` tokens, if there may be more."""
+        if len(ids) <= length:
+            return ids
+        if self.too_long == "refuse":
+            raise ArgumentError(
+                f"a prompt of {len(ids)} tokens is longer than max_length ({length}); take fewer examples, or "
+                "too_long=truncate"
+            )
+        self.truncated += 1
+        return ids[-length:]
+
+    def _groups(
+        self, wanted: Sequence[Wanted], batch_size: int | None = None
+    ) -> Iterator[tuple[Cache, int, list[int]]]:
+        size = batch_size or (self.batch_size if isinstance(self.batch_size, int) else 1)
+        return groups(self.model, self.attachment.new_cache, wanted, size)
+
+    @torch.no_grad()
+    def _scored(
+        self, cache: Cache, rows: list[list[int]], targets: list[list[int]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the log-likelihood of every target, (b n), and whether it is the likeliest token."""
+        length = max(map(len, rows))
+        # Padding on the right comes after everything that counts.
+        ids, right = (torch.tensor([row + [0] * (length - len(row)) for row in part]) for part in (rows, targets))
+        scores, hits, start = [], [], 0
+        for piece in read(self.model, ids, cache, all_logits=True):
+            own = right[:, start : start + piece.ids.shape[1]].to(piece.logits.device)
+            likely = piece.logits.float().log_softmax(-1)
+            scores.append(likely.gather(2, own[..., None])[..., 0])
+            hits.append(likely.argmax(-1) == own)
+            start += piece.ids.shape[1]
+        return torch.cat(scores, 1), torch.cat(hits, 1)
+
+    def _written(
+        self, cache: Cache, start: int, texts: list[list[int]], until: list[str], how: dict[str, Any]
+    ) -> list[list[int]]:
+        """Return what is written after texts whose first `start` tokens the cache holds."""
+        longest = max(map(len, texts))
+        pad = self.tokenizer.pad_token_id
+        padded = [text[:start] + [pad] * (longest - len(text)) + text[start:] for text in texts]
+        mask = [[1] * start + [0] * (longest - len(text)) + [1] * (len(text) - start) for text in texts]
+        tokens, real = (torch.tensor(part, device=self.model.device) for part in (padded, mask))
+        length = longest + how["max_gen_toks"]
+        options = {name: value for name, value in how.items() if name != "max_gen_toks"}
+        written = self._model_generate(tokens, length, until, attention_mask=real, past_key_values=cache, **options)
+        rest: list[list[int]] = written[:, longest:].tolist()
+        return rest
+
+
+def groups(
+    model: PreTrainedModel, new_cache: Callable[[], Cache], wanted: Sequence[Wanted], batch_size: int = 1
+) -> Iterator[tuple[Cache, int, list[int]]]:
+    """Read what texts begin with, each beginning once, and yield batches of them with a cache to go on from.
+
+    Args:
+        model: Attached, unless caches are of transformers.
+        new_cache: Makes an empty cache.
+        wanted: The texts.
+        batch_size: Most texts of a batch.
+
+    Yields:
+        A cache with as many rows as the batch has texts, the number of tokens that it has read of each, and the
+        numbers of the texts.
+    """
+    order = sorted(range(len(wanted)), key=lambda number: wanted[number].ids)
+    yield from _groups(model, new_cache(), 0, wanted, order, batch_size)
+
+
+def _groups(
+    model: PreTrainedModel, cache: Cache, start: int, wanted: Sequence[Wanted], order: list[int], batch_size: int
+) -> Iterator[tuple[Cache, int, list[int]]]:
+    """Go on from a cache that holds the first `start` tokens of all texts in `order`, which is sorted by tokens."""
+    stop = _common(wanted, order)
+    if stop > start:
+        prefill(model, torch.tensor([wanted[order[0]].ids[start:stop]]), cache)
+    apart = []
+    for group in _parted(wanted, order, stop):
+        if len(group) > 1 and _common(wanted, group) - stop >= LEAST_SHARED:
+            yield from _groups(model, fork(cache), stop, wanted, group, batch_size)
+        else:
+            apart += group
+    # Texts of one length waste no padding.
+    apart.sort(key=lambda number: len(wanted[number].ids))
+    for first in range(0, len(apart), batch_size):
+        batch, own, seen = apart[first : first + batch_size], fork(cache), stop
+        if len(batch) == 1 and (rest := wanted[batch[0]].ids[stop : wanted[batch[0]].shareable]):
+            prefill(model, torch.tensor([rest]), own)
+            seen += len(rest)
+        elif len(batch) > 1 and stop:
+            own.batch_repeat_interleave(len(batch))
+        yield own, seen, batch
+
+
+def _common(wanted: Sequence[Wanted], order: list[int]) -> int:
+    """Return how many tokens texts that are sorted have in common and may share."""
+    first, last = wanted[order[0]].ids, wanted[order[-1]].ids
+    most = min(wanted[number].shareable for number in order)
+    return next((place for place in range(most) if first[place] != last[place]), most)
+
+
+def _parted(wanted: Sequence[Wanted], order: list[int], place: int) -> Iterator[list[int]]:
+    """Split texts that are sorted by their token at a place."""
+    group: list[int] = []
+    for number in order:
+        if group and wanted[number].ids[place : place + 1] != wanted[group[0]].ids[place : place + 1]:
+            yield group
+            group = []
+        group.append(number)
+    if group:
+        yield group
+
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()

@@ -1,0 +1,138 @@
+import random
+
+import pytest
+import torch
+from families import tiny
+from transformers import DynamicCache
+
+import lococo
+from lococo.errors import ArgumentError
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+from lococo.eval import harness
+from lococo.eval.harness import SlotLM, Wanted
+
+
+def words(length, seed):
+    draw = random.Random(seed)
+    return " ".join(f"w{draw.randrange(2, 128)}" for _ in range(length))
+
+
+def instances(kind, arguments):
+    return [Instance(kind, {}, argument, number) for number, argument in enumerate(arguments)]
+
+
+@pytest.fixture
+def choices():
+    """Three questions of four answers each after the same examples, two after others, and one without a context."""
+    examples, other = words(90, 0), words(70, 1)
+    contexts = [f"{examples} {words(40, seed)}" for seed in (2, 3)] + [f"{examples} {words(9, 4)}"]
+    contexts += [f"{other} {words(5, 5)}", f"{other} {words(45, 6)}"]
+    pairs = [(context, " " + words(1 + choice % 3, 10 * choice)) for context in contexts for choice in range(4)]
+    return [*pairs, ("", words(20, 7)), (words(1, 8), " " + words(60, 9))]
+
+
+@pytest.fixture
+def tokenizer(tokenizer):
+    # No other word begins with it, as a stop string.
+    tokenizer.eos_token = tokenizer.pad_token = "w0"
+    return tokenizer
+
+
+def close(one, other):
+    assert [hit for _, hit in one] == [hit for _, hit in other]
+    assert [score for score, _ in one] == pytest.approx([score for score, _ in other], abs=1e-4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_full_cache_scores_as_the_harness_own_class(tokenizer, choices, batch_size):
+    requests = instances("loglikelihood", choices)
+    theirs = HFLM(tiny(), tokenizer=tokenizer, batch_size=2).loglikelihood(requests, disable_tqdm=True)
+    slots = SlotLM(tiny(), tokenizer=tokenizer, compressor="full", batch_size=batch_size)
+    close(slots.loglikelihood(requests, disable_tqdm=True), theirs)
+    assert len({score for score, _ in theirs}) > 20
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_full_cache_writes_as_the_harness_own_class(tokenizer, choices, batch_size):
+    how = {"until": ["w5", "w77 w8"], "max_gen_toks": 9}
+    requests = instances("generate_until", [(context, how) for context, _ in choices[::4] if context])
+    requests += instances("generate_until", [(choices[0][0], {"until": [], "max_gen_toks": 3})])
+    theirs = HFLM(tiny(), tokenizer=tokenizer, batch_size=1).generate_until(requests, disable_tqdm=True)
+    slots = SlotLM(tiny(), tokenizer=tokenizer, compressor="full", batch_size=batch_size)
+    assert slots.generate_until(requests, disable_tqdm=True) == theirs
+    assert len(set(theirs)) > 3
+
+
+def test_rolling_scores_as_the_harness_own_class(tokenizer):
+    requests = instances("loglikelihood_rolling", [(words(80, 0),), (words(30, 1),)])
+    theirs = HFLM(tiny(), tokenizer=tokenizer, max_length=64).loglikelihood_rolling(requests, disable_tqdm=True)
+    slots = SlotLM(tiny(), tokenizer=tokenizer, compressor="full", max_length=64)
+    mine = slots.loglikelihood_rolling(requests, disable_tqdm=True)
+    assert mine == pytest.approx(theirs, abs=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+@torch.no_grad()
+def test_slots_score_every_request_as_if_it_came_alone(tokenizer, choices, batch_size):
+    options = {"num_slots": 40, "chunk_size": 16}
+    slots = SlotLM(tiny(), tokenizer=tokenizer, compressor="mass-merge", batch_size=batch_size, **options)
+    scores = slots.loglikelihood(instances("loglikelihood", choices), disable_tqdm=True)
+    expected = []
+    for context, continuation in choices[:20]:
+        context, ids = (tokenizer.encode(text) for text in (context, context + continuation))
+        with lococo.attach(tiny(), "mass-merge", **options) as attached:
+            cache = attached.new_cache()
+            logits = tiny()(torch.tensor([ids[:-1]]), past_key_values=cache).logits[0].log_softmax(-1)
+        targets = torch.tensor(ids[len(context) :])
+        own = logits[len(context) - 1 :]
+        hit = bool((own.argmax(-1) == targets).all())
+        expected.append((own.gather(1, targets[:, None]).sum().item(), hit))
+    close(scores[:20], expected)
+    full = SlotLM(tiny(), tokenizer=tokenizer, compressor="full").loglikelihood(instances("loglikelihood", choices))
+    assert any(abs(mine[0] - theirs[0]) > 1e-2 for mine, theirs in zip(scores, full, strict=True))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_slots_write_after_every_context_as_if_it_came_alone(tokenizer, choices, batch_size):
+    how = {"until": [], "max_gen_toks": 30}
+    requests = instances("generate_until", [(context, how) for context, _ in choices[:20:4]])
+    options = {"compressor": "mass-merge", "num_slots": 40, "chunk_size": 16}
+    together = SlotLM(tiny(), tokenizer=tokenizer, batch_size=batch_size, **options)
+    written = together.generate_until(requests, disable_tqdm=True)
+    alone = [together.generate_until([request], disable_tqdm=True)[0] for request in requests]
+    assert written == alone
+    assert len(set(written)) == 5
+
+
+def test_what_texts_begin_with_is_read_once(monkeypatch):
+    read = []
+    monkeypatch.setattr(harness, "prefill", lambda model, ids, cache: read.append(ids.shape[1]))
+    stem = list(range(100))
+    texts = [[*stem, *range(50), end] for end in (7, 8)] + [[*stem, 99, *range(60), end] for end in (1, 2, 3)]
+    texts += [[*stem, 120, 121], [5, 6]]
+    wanted = [Wanted(ids, len(ids) - 1) for ids in texts]
+    found = list(harness.groups(tiny(), lambda: DynamicCache(config=tiny().config), wanted, batch_size=2))
+    assert sorted(number for _, _, group in found for number in group) == list(range(7))
+    for _, start, group in found:
+        assert len({tuple(texts[number][:start]) for number in group}) == 1
+    # The stem, what each of its two groups has in common, and what single texts have to themselves.
+    assert sorted(read) == [1, 1, 50, 61, 100]
+
+
+def test_a_prompt_beyond_the_window_is_counted_or_refused(tokenizer):
+    requests = instances("loglikelihood", [(words(90, 0), " w7"), (words(20, 1), " w7")])
+    slots = SlotLM(tiny(), tokenizer=tokenizer, num_slots=40, chunk_size=16, max_length=64)
+    slots.loglikelihood(requests, disable_tqdm=True)
+    assert slots.truncated == 1
+    strict = SlotLM(tiny(), tokenizer=tokenizer, num_slots=40, chunk_size=16, max_length=64, too_long="refuse")
+    with pytest.raises(ArgumentError, match=r"prompt of 91 tokens is longer than max_length \(65\)"):
+        strict.loglikelihood(requests, disable_tqdm=True)
+    with pytest.raises(ArgumentError, match="'truncate' or 'refuse'"):
+        SlotLM(tiny(), tokenizer=tokenizer, too_long="cut")
+    with pytest.raises(ArgumentError, match="no room in a window of 64"):
+        strict.generate_until(instances("generate_until", [("w3", {"until": [], "max_gen_toks": 64})]))

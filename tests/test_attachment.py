@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from families import SMALL, tiny, tokens
+from families import SMALL, heads_for, tiny, tokens
 from transformers import (
     DynamicCache,
     LlamaConfig,
@@ -204,3 +204,20 @@ def test_longrope_is_read_within_its_original_window():
         parts = [model(part, past_key_values=cache).last_hidden_state for part in ids.split(37, 1)]
         assert max(cache.rows.next_position) <= 64
     torch.testing.assert_close(torch.cat(parts, 1), at_once, atol=2e-4, rtol=0)
+
+
+def test_the_fingerprint_tells_apart_whatever_reads_differently():
+    def made(compressor="mass-merge", model=None, **options):
+        return lococo.attach(model or tiny(), compressor, **{"num_slots": 40, "chunk_size": 16} | options).fingerprint()
+
+    heads = heads_for(tiny())
+    seen = [made(), made("h2o"), made("full"), made(num_slots=41), made(chunk_size=17), made(positions="original")]
+    seen += [made(slots_per_layer=[39, 41, 40, 40]), made(model=tiny("qwen2")), made(heads)]
+    with torch.no_grad():
+        heads.norms.delta += 0.01
+    seen.append(made(heads))
+    longer = copy.deepcopy(tiny())
+    longer.config.max_position_embeddings = 2048
+    seen += [made(model=longer), made(model=copy.deepcopy(tiny()).to(torch.bfloat16))]
+    assert len(set(seen)) == len(seen)
+    assert made() == seen[0]

@@ -70,3 +70,24 @@ def test_lines_that_are_damaged_are_measured_again(tmp_path):
     results = Results(file)
     assert results.measured({"a": 1}, lambda: pytest.fail("measured")) == first
     assert lines(file) == [first]
+
+
+def test_the_same_settings_are_measured_once(tmp_path):
+    results = Results(tmp_path / "rows.jsonl")
+    first = results.measured({"a": 1}, lambda: {})
+    assert results.measured({"a": 1}, lambda: pytest.fail("measured")) == first
+    assert results.rows == [first, first]
+    assert len(lines(tmp_path / "rows.jsonl")) == 1
+
+
+def test_a_finished_run_leaves_what_another_one_has_measured(tmp_path):
+    target, partial = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.partial"
+    with contextlib.suppress(KeyboardInterrupt), results_file(target) as results:
+        kept = results.measured({"a": 1}, lambda: {})
+        raise KeyboardInterrupt
+    with results_file(target) as results:
+        results.measured({"a": 2}, lambda: {})
+        # What goes by other names is not taken for what was measured.
+        results.add(kept | {"name": "b"})
+    assert lines(target) == results.rows == [{"a": 2, "run": results.rows[0]["run"]}, {"a": 1, "name": "b"}]
+    assert lines(partial) == [kept]

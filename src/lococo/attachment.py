@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import json
 import math
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -70,14 +71,14 @@ class Attachment:
         return compressor
 
     def fingerprint(self) -> str:
-        """Return a short hash of all that decides what is read: weights and their dtype, compressor, slots, chunks."""
-        from lococo import __version__
-
-        digest = hashlib.sha256(weights_fingerprint(self.model).encode())
+        """Return a short hash of what decides how a text is read: model, compressor, slots, chunks, positions."""
+        config = self.model.config.to_diff_dict() | {"_name_or_path": "", "transformers_version": ""}
         name = "full" if self.compressor is None else self.compressor.name
-        how = (self.model.dtype, name, self.slots_per_layer, self.chunk_size, self.positions)
-        digest.update(repr((*how, __version__)).encode())
+        how = (self.model.dtype, name, compressors.METHODS, self.slots_per_layer, self.chunk_size, self.positions)
+        digest = hashlib.sha256(weights_fingerprint(self.model).encode())
+        digest.update(json.dumps([config, *map(str, how)], sort_keys=True, default=str).encode())
         for module in [] if self.compressor is None else compressors.modules(self.compressor):
+            digest.update(json.dumps(getattr(module, "settings", None), sort_keys=True, default=str).encode())
             for key, tensor in sorted(module.state_dict().items()):
                 digest.update(key.encode() + tensor.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]

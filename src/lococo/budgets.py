@@ -5,23 +5,20 @@ is a list of slots per layer, of a given mean, for `attach(..., slots_per_layer=
 """
 
 import contextlib
-import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lococo.atomic import write_atomically
 from lococo.attachment import attach, slot_layer_indices, window_of
 from lococo.cached import cache_folder
-from lococo.compressors.heads import write_atomically
 from lococo.documents import demo_text, encode_stream
 from lococo.errors import ArgumentError
-from lococo.facts import weights_fingerprint
 from lococo.reader import read
 from lococo.shares import shares
 
@@ -67,8 +64,8 @@ def slots_for(
         return pyramid(layers, num_slots, least=_least(model, compressor, num_slots))
     if budget != "calibrated":
         raise ArgumentError(f"unknown budget {budget!r}; expected one of {', '.join(BUDGETS)}")
-    key = json.dumps([weights_fingerprint(model), _identity(compressor), num_slots, chunk_size])
-    file = cache_folder() / "budgets" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+    key = attach(model, compressor, num_slots=num_slots, chunk_size=chunk_size).fingerprint()
+    file = cache_folder() / "budgets" / f"{key}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or damaged: measured again
         return [int(slots) for slots in json.loads(file.read_text("utf-8"))]
     length = max(CALIBRATION_TOKENS, 2 * (num_slots + chunk_size))
@@ -90,16 +87,6 @@ def slots_for(
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(budgets).encode())
     return budgets
-
-
-def _identity(compressor: str) -> str:
-    """Return what tells a compressor apart from later ones of the same name."""
-    weights = Path(compressor) / "model.safetensors"
-    if weights.is_file():
-        return hashlib.sha256(weights.read_bytes()).hexdigest()
-    from lococo import __version__
-
-    return f"{compressor} {__version__}"
 
 
 def pyramid(layers: int, num_slots: int, least: int = 1) -> list[int]:

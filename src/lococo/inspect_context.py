@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from lococo.atomic import write_atomically
 from lococo.cache import SlotCache
-from lococo.compressors.heads import write_atomically
 from lococo.errors import ArgumentError
 from lococo.files import check_output
 from lococo.storage import ContextInfo

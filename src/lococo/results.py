@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lococo.atomic import write_atomically
+
 Row = dict[str, Any]
 
 # Names what a row was measured with; rows that differ in anything that could change their figures differ in it.
@@ -22,10 +24,11 @@ class Results:
         self._file = file
         self._kept: dict[str, Row] = {}
         if file is not None and file.exists():
-            lines = file.read_text("utf-8", errors="replace").splitlines()
-            rows = [row for row in map(_readable, lines) if row is not None]
+            text = file.read_text("utf-8", errors="replace")
+            rows = [row for row in map(_readable, text.splitlines()) if row is not None]
             self._kept = {row[RUN]: row for row in rows if RUN in row}
-            file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+            if (readable := _lines(rows)) != text:
+                write_atomically(file, readable.encode())
 
     def measured(self, settings: Row, measure: Callable[[], Row], *, of: str = "") -> Row:
         """Return the row of some settings, measured now unless the file holds it.
@@ -38,20 +41,26 @@ class Results:
         run = key_of({"settings": settings, "of": of})
         row = self._kept.get(run)
         if row is None:
-            row = {**settings, **measure(), RUN: run}
+            row = self._kept[run] = {**settings, **measure(), RUN: run}
             self._write(row)
         self.rows.append(row)
         return row
 
     def add(self, row: Row) -> None:
-        """Keep a row that no later run could take over."""
+        """Keep a row that no later run takes over."""
+        row = {name: value for name, value in row.items() if name != RUN}
         self._write(row)
         self.rows.append(row)
+
+    def unasked(self) -> list[Row]:
+        """Return rows of the file that were not asked for, but may be by another run."""
+        asked = {row.get(RUN) for row in self.rows}
+        return [row for run, row in self._kept.items() if run not in asked]
 
     def _write(self, row: Row) -> None:
         if self._file is not None:
             with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(_lines([row]))
 
 
 @contextmanager
@@ -64,8 +73,15 @@ def results_file(target: Path) -> Iterator[Results]:
     partial = target.with_name(target.name + ".partial")
     results = Results(partial)
     yield results
-    partial.write_text("".join(json.dumps(row) + "\n" for row in results.rows), "utf-8")
-    partial.replace(target)
+    write_atomically(target, _lines(results.rows).encode())
+    if unasked := results.unasked():
+        write_atomically(partial, _lines(unasked).encode())
+    else:
+        partial.unlink(missing_ok=True)
+
+
+def _lines(rows: list[Row]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def _readable(line: str) -> Row | None:

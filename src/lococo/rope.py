@@ -32,6 +32,7 @@ class Rotary:
         """
         self._embedding: nn.Module | None = getattr(decoder, "rotary_emb", None)
         self._apply = modeling_function(decoder, "apply_rotary_pos_emb")
+        self._layers: dict[int, LayerRotary] = {}
         self._layer_types: list[str] = list(getattr(decoder.config, "layer_types", None) or [])
         if self._embedding is None and self._apply is not None:
             raise UnsupportedModelError(
@@ -44,6 +45,11 @@ class Rotary:
 
     def of_layer(self, layer_idx: int) -> "LayerRotary":
         """Return the rotation of one layer (local and global layers may differ in their angles)."""
+        if layer_idx not in self._layers:
+            self._layers[layer_idx] = self._made_for(layer_idx)
+        return self._layers[layer_idx]
+
+    def _made_for(self, layer_idx: int) -> "LayerRotary":
         if self._embedding is None or self._apply is None:
             return LayerRotary(None, None)
         embedding = self._embedding

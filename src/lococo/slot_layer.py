@@ -221,15 +221,10 @@ class SlotLayer(CacheLayerMixin):
         index = self._row_index(rows)
         queries = None
         if self.queries is not None:
-            queries = self.queries[index]
-            # Where the oldest one lies in the ring.
-            first = [self.rows.tokens[row] % self.chunk_size for row in rows]
-            if len(set(first)) == 1:
-                queries = queries.roll(-first[0], 3) if first[0] else queries
-            else:
-                order = torch.arange(self.chunk_size) + torch.tensor(first)[:, None]
-                order = (order % self.chunk_size).to(self.keys.device)
-                queries = queries.gather(3, order[:, None, None, :, None].expand_as(queries))
+            # The oldest query of a row lies where its next one goes.
+            oldest = [self.rows.tokens[row] % self.chunk_size for row in rows]
+            turned = [self.queries[row, None].roll(-place, 3) for row, place in zip(rows, oldest, strict=True)]
+            queries = turned[0] if len(turned) == 1 else torch.cat(turned)
         return Entries(
             keys=self.keys[index][:, :, :count],
             values=self.values[index][:, :, :count],

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lococo.atomic import write_atomically
 from lococo.attachment import Attachment
 from lococo.cache import SlotCache
-from lococo.compressors.heads import write_atomically
 from lococo.errors import DocumentError, FileFormatError
 from lococo.facts import ModelFacts, weights_fingerprint
 from lococo.models import tokenizer_fingerprint

@@ -11,6 +11,7 @@ from lococo.errors import ArgumentError
 pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 
 from lococo.eval import harness
@@ -124,15 +125,78 @@ def test_what_texts_begin_with_is_read_once(monkeypatch):
     assert sorted(read) == [1, 1, 50, 61, 100]
 
 
-def test_a_prompt_beyond_the_window_is_counted_or_refused(tokenizer):
+def test_a_text_with_little_to_share_does_not_keep_others_from_sharing(monkeypatch):
+    read = []
+    monkeypatch.setattr(harness, "prefill", lambda model, ids, cache: read.append(ids.shape[1]))
+    wanted = [Wanted([0, 5], 0), *(Wanted([0, *range(60), end], 61) for end in (1, 2)), Wanted([0, *range(20)], 20)]
+    found = list(harness.groups(tiny(), lambda: DynamicCache(config=tiny().config), wanted))
+    assert sorted((start, group) for _, start, group in found) == [(0, [0]), (20, [3]), (61, [1]), (61, [2])]
+    assert sorted(read) == [20, 61]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3"])
+def test_layers_with_a_sliding_window_see_what_was_shared(family, tokenizer, choices):
+    how = {"until": [], "max_gen_toks": 9}
+    requests = instances("generate_until", [(context, how) for context, _ in choices[:20:4]])
+    theirs = HFLM(tiny(family), tokenizer=tokenizer, batch_size=1).generate_until(requests, disable_tqdm=True)
+    slots = SlotLM(tiny(family), tokenizer=tokenizer, compressor="full", batch_size=4)
+    assert slots.generate_until(requests, disable_tqdm=True) == theirs
+    scored = instances("loglikelihood", choices)
+    theirs = HFLM(tiny(family), tokenizer=tokenizer).loglikelihood(scored, disable_tqdm=True)
+    close(slots.loglikelihood(scored, disable_tqdm=True), theirs)
+
+
+def test_beams_start_from_what_was_shared(tokenizer, choices):
+    how = {"until": [], "max_gen_toks": 5, "num_beams": 3}
+    requests = instances("generate_until", [(context, how) for context, _ in choices[:20:4]])
+    theirs = HFLM(tiny(), tokenizer=tokenizer, batch_size=1).generate_until(requests, disable_tqdm=True)
+    slots = SlotLM(tiny(), tokenizer=tokenizer, compressor="full", batch_size=1)
+    assert slots.generate_until(requests, disable_tqdm=True) == theirs
+
+
+def test_odd_requests(tokenizer, choices):
+    slots = SlotLM(tiny(), tokenizer=tokenizer, compressor="full", max_length=64)
+    assert slots.loglikelihood([]) == slots.generate_until([]) == []
+    twice = slots.loglikelihood(instances("loglikelihood", [choices[16], (" ", "w7 w8"), choices[16]]))
+    assert twice[0] == twice[2] == pytest.approx(slots.loglikelihood(instances("loglikelihood", [choices[16]]))[0])
+    assert twice[1] == pytest.approx(slots.loglikelihood(instances("loglikelihood", [("", "w7 w8")]))[0])
+    assert len(slots.generate_until(instances("generate_until", [("", {"until": [], "max_gen_toks": 3})]))) == 1
+    for answer, count in (("", 0), (" " + words(65, 0), 65)):
+        with pytest.raises(ArgumentError, match=f"answer of 1 to 64 tokens to score, got {count}"):
+            slots.loglikelihood(instances("loglikelihood", [choices[16], ("w3", answer)]))
+
+
+def test_a_prompt_beyond_the_window_is_counted_or_refused(tokenizer, caplog):
     requests = instances("loglikelihood", [(words(90, 0), " w7"), (words(20, 1), " w7")])
     slots = SlotLM(tiny(), tokenizer=tokenizer, num_slots=40, chunk_size=16, max_length=64)
     slots.loglikelihood(requests, disable_tqdm=True)
-    assert slots.truncated == 1
+    assert slots.truncated == slots.get_model_info()["truncated"] == 1
+    assert "1 requests were longer than the window" in caplog.text
     strict = SlotLM(tiny(), tokenizer=tokenizer, num_slots=40, chunk_size=16, max_length=64, too_long="refuse")
-    with pytest.raises(ArgumentError, match=r"prompt of 91 tokens is longer than max_length \(65\)"):
+    with pytest.raises(ArgumentError, match="prompt of 91 tokens, where 65 fit a window of 64"):
         strict.loglikelihood(requests, disable_tqdm=True)
     with pytest.raises(ArgumentError, match="'truncate' or 'refuse'"):
         SlotLM(tiny(), tokenizer=tokenizer, too_long="cut")
     with pytest.raises(ArgumentError, match="no room in a window of 64"):
         strict.generate_until(instances("generate_until", [("w3", {"until": [], "max_gen_toks": 64})]))
+
+
+def test_what_would_be_ignored_is_refused(tokenizer):
+    for options, line in (
+        ({"peft": "adapter"}, "takes no peft; expected add_bos_token, "),
+        ({"num_slot": 64}, "takes no num_slot"),
+        ({"batch_size": "auto"}, "whole number, got 'auto'"),
+        ({"think_end_token": 7}, "must be text, got 7"),
+        ({"tokenizer": None}, "without its tokenizer"),
+    ):
+        with pytest.raises(ArgumentError, match=line):
+            SlotLM(tiny(), **{"tokenizer": tokenizer} | options)
+
+
+def test_the_command_line_of_the_harness_finds_it_by_name(tiny, tokenizer):
+    made = get_model("lococo").create_from_arg_string(
+        f"pretrained={tiny},compressor=mass-merge,num_slots=40,chunk_size=16", {"batch_size": 2, "device": "cpu"}
+    )
+    assert made.attachment.slots_per_layer == [40, 40]
+    info = made.get_model_info()
+    assert [info[name] for name in ("compressor", "num_slots", "positions")] == ["mass-merge", 40, "packed"]

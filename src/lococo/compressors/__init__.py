@@ -28,6 +28,10 @@ class Shape:
     facts: ModelFacts | None = None
 
 
+# Raised whenever a compressor does something else than before under the same name, so that what was measured with it is
+# measured again.
+METHODS = 2
+
 QUERIES = frozenset({"queries"})
 
 SELECTIONS: dict[str, Selection] = {

@@ -1,8 +1,6 @@
 """Learned heads on disk: a folder with `config.json` and `model.safetensors`."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +8,7 @@ import safetensors
 import safetensors.torch
 import torch
 
+from lococo.atomic import write_atomically
 from lococo.compressors.learned import LearnedHeads
 from lococo.compressors.paper import PaperHeads
 from lococo.errors import FileFormatError
@@ -124,20 +123,3 @@ def _unreadable(folder: Path, error: Exception) -> FileFormatError:
     return FileFormatError(
         f"{folder} holds no readable heads (expected config.json and model.safetensors): {error!r}; save them again"
     )
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that it is complete or absent, also when the process is killed."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -5,7 +5,9 @@ takes its tokenisation, stop strings and chat templates, and reads what several 
 `python -m lococo.eval.harness` is lm-eval's own command line, which then knows `--model lococo`.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +15,34 @@ import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
-from tqdm import tqdm
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lococo.attachment import attach
 from lococo.budgets import slots_for
-from lococo.cache import Positions, fork
+from lococo.cache import Positions, fork, grows
 from lococo.errors import ArgumentError
 from lococo.models import load_model
+from lococo.progress import counting
 from lococo.reader import prefill, read
 
-# Requests that have fewer tokens in common than this are read side by side from where they part.
+logger = logging.getLogger(__name__)
+
+# What requests begin with is read on its own if it is at least this many tokens.
 LEAST_SHARED = 32
+
+# What else of lm-eval's `hf` model may be chosen; the rest is about other ways of loading and running it.
+OPTIONS = frozenset(
+    {
+        "add_bos_token",
+        "batch_size",
+        "chat_template_args",
+        "enable_thinking",
+        "max_batch_size",
+        "max_length",
+        "prefix_token_id",
+        "think_end_token",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -39,9 +57,13 @@ class Wanted:
     ids: list[int]
     shareable: int
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.shareable < len(self.ids):
+            raise ArgumentError(f"of {len(self.ids)} tokens {self.shareable} cannot be shared; give a longer text")
+
 
 @register_model("lococo")
-class SlotLM(HFLM):
+class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
     """A model of transformers that reads in slots."""
 
     def __init__(
@@ -64,7 +86,7 @@ class SlotLM(HFLM):
 
         Args:
             pretrained: See `load_model`.
-            tokenizer: Of a model that is given.
+            tokenizer: Of a model that is given, or the name of another one than the model's own.
             compressor: See `attach`; "full" keeps every token.
             num_slots: Entries that survive a compression, mean over the layers.
             chunk_size: Tokens per forward pass.
@@ -75,23 +97,31 @@ class SlotLM(HFLM):
             too_long: What happens to a prompt beyond `max_length`, which is the model's window by default: "truncate"
                 cuts its beginning off, as lm-eval does, and counts it in `truncated`; "refuse" stops.
             trust_remote_code: Let the model's repository run its own code.
-            **options: Of lm-eval's `hf` model: batch_size, max_length, add_bos_token, and others.
+            **options: Of lm-eval's `hf` model, those of OPTIONS.
 
         Raises:
-            ArgumentError: If a name or number is out of range.
+            ArgumentError: If a name or number is out of range, or an option unknown.
         """
         if too_long not in ("truncate", "refuse"):
             raise ArgumentError(f"too_long must be 'truncate' or 'refuse', got {too_long!r}")
-        if tokenizer is None:
-            pretrained, tokenizer = load_model(
-                pretrained, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        if unknown := options.keys() - OPTIONS:
+            raise ArgumentError(
+                f"--model lococo takes no {', '.join(sorted(unknown))}; expected {', '.join(sorted(OPTIONS))}"
             )
-        # lm-eval hands its own command's --device on to every model.
+        if not str(options.get("batch_size") or 1).isdigit():
+            raise ArgumentError(f"batch_size must be a whole number, got {options['batch_size']!r}")
+        if not isinstance(options.get("think_end_token", ""), str):
+            raise ArgumentError(f"think_end_token must be text, got {options['think_end_token']!r}")
+        if not isinstance(pretrained, PreTrainedModel):
+            pretrained, own = load_model(pretrained, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            tokenizer = own if tokenizer is None else tokenizer
+        elif tokenizer is None:
+            raise ArgumentError("a model came without its tokenizer; give tokenizer=")
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, **options)
         self.too_long = too_long
-        self.truncated = 0
+        self.truncated = self._said_truncated = 0
         spread = slots_for(
-            self.model, tokenizer, budget, compressor=compressor, num_slots=num_slots, chunk_size=chunk_size
+            self.model, self.tokenizer, budget, compressor=compressor, num_slots=num_slots, chunk_size=chunk_size
         )
         self.attachment = attach(
             self.model,
@@ -117,11 +147,18 @@ class SlotLM(HFLM):
         """
         wanted, counts = [], []
         for _, context, continuation in requests:
-            ids = self._fitting(context + continuation, self.max_length + 1)
+            if not 0 < len(continuation) <= self.max_length:
+                raise ArgumentError(
+                    f"expected an answer of 1 to {self.max_length} tokens to score, got {len(continuation)}"
+                )
+            # A context of nothing but spaces has moved to the continuation.
+            ids = self._fitting((context or [self.prefix_token_id]) + continuation, self.max_length + 1)
             wanted.append(Wanted(ids[:-1], len(ids) - len(continuation) - 1))
             counts.append(len(continuation))
+        self._say_truncated()
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-        with self.attachment, tqdm(total=len(requests), disable=disable_tqdm, desc="log-likelihoods") as bar:
+        done = 0
+        with self.attachment, _counting("answers scored", disable_tqdm) as progress:
             for cache, start, group in self._groups(wanted, override_bs):
                 rows = [wanted[number].ids[start:] for number in group]
                 targets = [[*row[1:], requests[number][2][-1]] for number, row in zip(group, rows, strict=True)]
@@ -131,7 +168,8 @@ class SlotLM(HFLM):
                     answers[number] = (score[places].sum().item(), bool(hit[places].all()))
                     if requests[number][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[number][0], answers[number])
-                bar.update(len(group))
+                done += len(group)
+                progress(done, len(requests))
         return answers
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -140,28 +178,39 @@ class SlotLM(HFLM):
         kinds: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             kinds.setdefault(repr(request.args[1]), []).append(number)
-        with self.attachment, tqdm(total=len(requests), disable=disable_tqdm, desc="answers") as bar:
-            for numbers in kinds.values():
-                how = normalize_gen_kwargs(requests[numbers[0]].args[1], self.max_gen_toks)
-                eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-                until = handle_stop_sequences(how.pop("until", None), eos=eos)
-                room = self.max_length - how["max_gen_toks"]
-                if room < 1:
-                    raise ArgumentError(
-                        f"answers of {how['max_gen_toks']} tokens leave no room in a window of {self.max_length}; "
-                        "lower max_gen_toks"
-                    )
-                texts = [self._fitting(self.tok_encode(requests[number].args[0]), room) for number in numbers]
+        eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
+        prepared = [self._prepared([requests[number] for number in numbers], eos) for numbers in kinds.values()]
+        self._say_truncated()
+        done = 0
+        with self.attachment, _counting("answers written", disable_tqdm) as progress:
+            for numbers, (texts, until, how) in zip(kinds.values(), prepared, strict=True):
                 wanted = [Wanted(ids, len(ids) - 1) for ids in texts]
-                for cache, start, group in self._groups(wanted):
+                # In sliding layers padding between what is shared and the rest would push the former out of sight.
+                alone = any(not grows(layer) for layer in DynamicCache(config=self.model.config).layers)
+                for cache, start, group in self._groups(wanted, 1 if alone else None):
                     written = self._written(cache, start, [texts[place] for place in group], until, how)
                     for place, ids in zip(group, written, strict=True):
                         request = requests[numbers[place]]
-                        text = postprocess_generated_text(self.tok_decode(ids), until, None)
+                        text = postprocess_generated_text(self.tok_decode(ids), until, self.think_end_token)
                         answers[numbers[place]] = text
                         self.cache_hook.add_partial("generate_until", request.args, text)
-                    bar.update(len(group))
+                    done += len(group)
+                    progress(done, len(requests))
         return answers
+
+    def _prepared(self, requests: list[Any], eos: str) -> tuple[list[list[int]], list[str], dict[str, Any]]:
+        """Return the tokens of requests that are answered alike, where answers stop, and how they are written."""
+        how = normalize_gen_kwargs(requests[0].args[1], self.max_gen_toks)
+        how.pop("max_length", None)  # of prompt and answer; max_gen_toks says it for the answer
+        until = handle_stop_sequences(how.pop("until", None), eos=eos)
+        room = self.max_length - how["max_gen_toks"]
+        if room < 1:
+            raise ArgumentError(
+                f"answers of {how['max_gen_toks']} tokens leave no room in a window of {self.max_length}; "
+                "lower max_gen_toks"
+            )
+        encoded = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
+        return [self._fitting(ids, room) for ids in encoded], until, how
 
     def _fitting(self, ids: list[int], length: int) -> list[int]:
         """Return the last `length` tokens, if there may be more."""
@@ -169,11 +218,23 @@ class SlotLM(HFLM):
             return ids
         if self.too_long == "refuse":
             raise ArgumentError(
-                f"a prompt of {len(ids)} tokens is longer than max_length ({length}); take fewer examples, or "
-                "too_long=truncate"
+                f"a prompt of {len(ids)} tokens, where {length} fit a window of {self.max_length}; take fewer "
+                "examples, or too_long=truncate"
             )
         self.truncated += 1
         return ids[-length:]
+
+    def _say_truncated(self) -> None:
+        if self.truncated > self._said_truncated:
+            logger.warning("%d requests were longer than the window and lost their beginning", self.truncated)
+        self._said_truncated = self.truncated
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what lm-eval writes beside its results: the model, how it is read, and how many prompts were cut."""
+        slots = self.attachment
+        name = "full" if slots.compressor is None else slots.compressor.name
+        how = {"compressor": name, "num_slots": slots.num_slots, "chunk_size": slots.chunk_size}
+        return {**super().get_model_info(), **how, "positions": slots.positions, "truncated": self.truncated}
 
     def _groups(
         self, wanted: Sequence[Wanted], batch_size: int | None = None
@@ -202,6 +263,8 @@ class SlotLM(HFLM):
         self, cache: Cache, start: int, texts: list[list[int]], until: list[str], how: dict[str, Any]
     ) -> list[list[int]]:
         """Return what is written after texts whose first `start` tokens the cache holds."""
+        if (beams := max(how.get("num_beams", 1), how.get("num_return_sequences", 1))) > 1 and start:
+            cache.batch_repeat_interleave(beams)
         longest = max(map(len, texts))
         pad = self.tokenizer.pad_token_id
         padded = [text[:start] + [pad] * (longest - len(text)) + text[start:] for text in texts]
@@ -212,6 +275,10 @@ class SlotLM(HFLM):
         written = self._model_generate(tokens, length, until, attention_mask=real, past_key_values=cache, **options)
         rest: list[list[int]] = written[:, longest:].tolist()
         return rest
+
+
+def _counting(what: str, disable: bool) -> AbstractContextManager[Callable[[int, int], None]]:
+    return nullcontext(lambda done, total: None) if disable else counting(what)
 
 
 def groups(
@@ -229,6 +296,8 @@ def groups(
         A cache with as many rows as the batch has texts, the number of tokens that it has read of each, and the
         numbers of the texts.
     """
+    if not wanted:
+        return
     order = sorted(range(len(wanted)), key=lambda number: wanted[number].ids)
     yield from _groups(model, new_cache(), 0, wanted, order, batch_size)
 
@@ -237,15 +306,28 @@ def _groups(
     model: PreTrainedModel, cache: Cache, start: int, wanted: Sequence[Wanted], order: list[int], batch_size: int
 ) -> Iterator[tuple[Cache, int, list[int]]]:
     """Go on from a cache that holds the first `start` tokens of all texts in `order`, which is sorted by tokens."""
-    stop = _common(wanted, order)
-    if stop > start:
-        prefill(model, torch.tensor([wanted[order[0]].ids[start:stop]]), cache)
-    apart = []
-    for group in _parted(wanted, order, stop):
+    # A text of which little may be shared must not keep the others from sharing more.
+    apart = [number for number in order if wanted[number].shareable < start + LEAST_SHARED]
+    order = [number for number in order if wanted[number].shareable >= start + LEAST_SHARED]
+    shared, stop = cache, start
+    if order and (stop := _common(wanted, order)) > start:
+        if apart:
+            shared = fork(cache)
+        prefill(model, torch.tensor([wanted[order[0]].ids[start:stop]]), shared)
+    rest = []
+    for group in _parted(wanted, order, stop) if order else ():
         if len(group) > 1 and _common(wanted, group) - stop >= LEAST_SHARED:
-            yield from _groups(model, fork(cache), stop, wanted, group, batch_size)
+            yield from _groups(model, fork(shared), stop, wanted, group, batch_size)
         else:
-            apart += group
+            rest += group
+    yield from _batches(model, cache, start, wanted, apart, batch_size)
+    yield from _batches(model, shared, stop, wanted, rest, batch_size)
+
+
+def _batches(
+    model: PreTrainedModel, cache: Cache, stop: int, wanted: Sequence[Wanted], apart: list[int], batch_size: int
+) -> Iterator[tuple[Cache, int, list[int]]]:
+    """Yield texts that go on alone from a cache that holds the first `stop` tokens of each."""
     # Texts of one length waste no padding.
     apart.sort(key=lambda number: len(wanted[number].ids))
     for first in range(0, len(apart), batch_size):

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from lococo.eval.perplexity import Row, difference
+from lococo.eval.perplexity import difference
+from lococo.results import Row
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:

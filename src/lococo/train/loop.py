@@ -15,10 +15,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lococo.atomic import write_atomically
 from lococo.attachment import Attachment, attach, slot_layer_indices
 from lococo.cache import SlotCache
 from lococo.compressors import of_heads
-from lococo.compressors.heads import KINDS, Heads, write_atomically
+from lococo.compressors.heads import KINDS, Heads
 from lococo.compressors.learned import HeadSettings, LearnedHeads
 from lococo.compressors.paper import PaperHeads
 from lococo.errors import ArgumentError, FileFormatError, TrainingError

@@ -155,7 +155,7 @@ def attention_mass(
         if visible is not None:
             hidden = columns >= visible[:, which, None]
             logits.view(b, h, *logits.shape[1:]).masked_fill_(hidden[:, None], -torch.inf)
-        probabilities = logits.softmax(-1)
+        probabilities = torch.softmax(logits, -1, out=logits)
         if weight is not None:
             probabilities.view(b, h, *logits.shape[1:]).mul_(weight[:, None, which, None])
         mass += probabilities.sum(1)

@@ -181,6 +181,7 @@ def test_a_whole_training_gives_heads_that_load(tmp_path):
     assert figures["held_out"].keys() == figures["held_out_before"].keys() == {"24", "40"}
     assert figures["tokens"] == 4 * 2 * 120
     assert figures["seconds"] > 0
+    assert figures["data"] == ["text"]
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):

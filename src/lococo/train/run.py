@@ -16,6 +16,7 @@ from lococo.compressors.learned import LearnedHeads
 from lococo.errors import ArgumentError, DocumentError, TrainingError
 from lococo.facts import ModelFacts
 from lococo.train.data import Corpus, Document, corpus_of, split
+from lococo.train.hub import PREFIX
 from lococo.train.loop import Training, heads_in, new_heads
 from lococo.train.recall import recall_window
 from lococo.train.recipe import Recipe
@@ -114,7 +115,8 @@ def train(
         fit_scores(model, training.heads, corpus, recipe, say)
     figures = {
         "recipe": {key: value for key, value in vars(recipe).items()},
-        "data": list(data),
+        # Heads travel: where a folder lay is nobody's business.
+        "data": [source if source.startswith(PREFIX) else Path(source).resolve().name for source in data],
         "held_out_was_kept_apart": apart,
         **training.notes,
         "held_out": training.evaluate(held_out, HELD_OUT_WINDOWS),

@@ -195,7 +195,7 @@ def test_what_would_be_ignored_is_refused(tokenizer):
 
 def test_the_command_line_of_the_harness_finds_it_by_name(tiny, tokenizer):
     made = get_model("lococo").create_from_arg_string(
-        f"pretrained={tiny},compressor=mass-merge,num_slots=40,chunk_size=16", {"batch_size": 2, "device": "cpu"}
+        f"pretrained={tiny},compressor=mass-merge,num_slots=40,chunk_size=16", {"batch_size": 2, "device": "cuda:0"}
     )
     assert made.attachment.slots_per_layer == [40, 40]
     info = made.get_model_info()

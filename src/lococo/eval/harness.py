@@ -112,6 +112,8 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
             raise ArgumentError(f"batch_size must be a whole number, got {options['batch_size']!r}")
         if not isinstance(options.get("think_end_token", ""), str):
             raise ArgumentError(f"think_end_token must be text, got {options['think_end_token']!r}")
+        if device == "cuda:0" and not torch.cuda.is_available():
+            device = None  # what lm-eval's command asks for where nobody has said a word
         if not isinstance(pretrained, PreTrainedModel):
             pretrained, own = load_model(pretrained, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
             tokenizer = own if tokenizer is None else tokenizer

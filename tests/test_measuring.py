@@ -8,6 +8,7 @@ import pytest
 from commands import WORDS, refused
 
 from lococo import cli
+from lococo.results import Results
 
 
 class TestPerplexity:
@@ -65,8 +66,8 @@ class TestPerplexity:
         target = tmp_path / "out.jsonl"
         target.write_text("older\n", "utf-8")
 
-        def evaluate(*args: Any, report: Any, **kwargs: Any) -> None:
-            report({"domain": "prose"})
+        def evaluate(*args: Any, results: Results, **kwargs: Any) -> None:
+            results.add({"domain": "prose"})
             raise KeyboardInterrupt
 
         monkeypatch.setattr("lococo.eval.perplexity.evaluate", evaluate)

@@ -120,9 +120,18 @@ def test_the_papers_heads_start_as_eviction(tmp_path):
         assert torch.equal(trained.model(ids, past_key_values=slots.new_cache()).logits, evicted)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3"])
-def test_another_architecture_trains_by_the_same_recipe(tmp_path, family):
-    trained = training(tmp_path, steps=6, model=deepcopy(tiny(family)))
+# Gemma's layers with slots lose so little here (0.009) that with a cut gradient what 40 slots learn outweighs 24.
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen3", {}),
+        ("qwen3", {"compressions": 1}),
+        ("gemma3", {}),
+        ("gemma3", {"compressions": 1, "num_slots": (24,)}),
+    ],
+)
+def test_another_architecture_trains_by_the_same_recipe(tmp_path, family, options):
+    trained = training(tmp_path, steps=6, model=deepcopy(tiny(family)), **options)
     before = trained.evaluate(trained.corpus, 4)
     trained.run(lambda row: None)
     after = trained.evaluate(trained.corpus, 4)

@@ -30,6 +30,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "ablate": measuring.ablate,
     "eval perplexity": measuring.eval_perplexity,
     "eval needle": measuring.eval_needle,
+    "eval suite": measuring.eval_suite,
     "bench": measuring.bench,
 }
 
@@ -43,6 +44,10 @@ METAVARS = {
     "model": "NAME",
     "lengths": "N",
     "logs": "DIR",
+    "data_dir": "DIR",
+    "text": "DIR",
+    "trained_on": "DIR",
+    "tasks": "NAME",
 }
 NUMBERS = (int, int | None, float, tuple[int, ...])
 
@@ -192,7 +197,7 @@ def _add_flag(parser: Any, name: str, kind: Any, default: Any, helps: dict[str, 
     if kind is bool:
         parser.add_argument(*names, action="store_true", **settings)
         return
-    if kind in (list[str], list[int], tuple[int, ...], tuple[str, ...]):
+    if kind in (list[str], list[int], list[Any], tuple[int, ...], tuple[str, ...]):
         settings.update(nargs="*" if isinstance(default, tuple) else "+", type=kind.__args__[0])
     else:
         settings.update(type=kind)

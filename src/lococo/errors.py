@@ -4,7 +4,7 @@
     ├── ArgumentError      a number or name out of range (also a ValueError)
     ├── ModelError         a model that cannot be loaded
     │   └── UnsupportedModelError   one that loads but has no key/value cache to compress
-    ├── WindowError        a text longer than the model's window with original positions
+    ├── WindowError        a text longer than the model's window, where it may not be
     ├── DocumentError      a document that is missing, empty, binary or not UTF-8
     ├── FileFormatError    a context, heads or checkpoint file that is damaged or belongs to another model
     └── TrainingError      a training that cannot go on
@@ -31,7 +31,7 @@ class UnsupportedModelError(ModelError):
 
 
 class WindowError(LococoError):
-    """A text longer than the model's window, read with original positions."""
+    """A text longer than the model's window, read with original positions, or a prompt that may not be cut."""
 
 
 class DocumentError(LococoError):

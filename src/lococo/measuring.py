@@ -9,7 +9,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lococo.errors import ArgumentError
 from lococo.files import check_exists, check_output
@@ -19,6 +19,8 @@ from lococo.train.recipe import Recipe
 from lococo.verbs import human
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -130,6 +132,85 @@ def eval_needle(
             progress=progress,
         )
     Console().print(accuracy_table(rows))
+
+
+def eval_suite(
+    *,
+    tasks: list[Any],
+    compressor: list[str],
+    num_slots: tuple[int, ...] = (512,),
+    chunk_size: int = 256,
+    output: str,
+    data_dir: str | None = None,
+    text: str | None = None,
+    trained_on: tuple[str, ...] = (),
+    limit: int | None = None,
+    model: ModelOptions,
+) -> None:
+    """Measure many tasks with the full cache and with every compressor, on the same questions.
+
+    Args:
+        tasks: Names, one or more; in a recipe also mappings with name, shots, limit, per_document, length and too_long.
+        compressor: Names to compare, one or more, {num_slots} in a folder's name standing for their number; the full
+            cache is always measured with them.
+        num_slots: Entries that survive a compression, mean over the layers; one number or more.
+        chunk_size: Tokens per forward pass.
+        output: Folder for suite.jsonl, replaced once all is measured; run again, an interrupted suite goes on.
+        data_dir: Folder of local copies, one subfolder per benchmark; by default data sets are fetched from the hub.
+        text: Folder of .txt and .jsonl files to hide things in; Python's own documentation by default.
+        trained_on: Folders of texts that heads were trained on, searched for the questions that are asked.
+        limit: Most questions per task; a recipe may say less for one.
+        model: Which model reads.
+    """
+    check_at_least_one(num_slots=min(num_slots, default=0), chunk_size=chunk_size)
+    if limit is not None:
+        check_at_least_one(limit=limit)
+    for name, given in (("data-dir", data_dir), ("text", text), *(("trained-on", each) for each in trained_on)):
+        if given is not None and not Path(given).expanduser().is_dir():
+            raise ArgumentError(f"--{name} {given}: no such folder")
+    folder = Path(output).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ArgumentError(f"--output {output} is a file; name a folder")
+    _check_extra("eval", "lm_eval", "rouge_score")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars, several for every row
+    from rich.console import Console
+
+    from lococo.eval import contamination, suite
+    from lococo.eval.tables import suite_tables
+    from lococo.eval.tasks import TaskChoice, Tasks
+
+    choices = [TaskChoice.of(task) for task in tasks]
+    folder.mkdir(parents=True, exist_ok=True)
+    say = partial(print, file=sys.stderr)
+    loaded, tokenizer = _loaded(model)
+    copies = None if data_dir is None else Path(data_dir).expanduser()
+    known = Tasks(tokenizer, data=copies, text=partial(_pieces, text), limit=limit)
+    with results_file(folder / "suite.jsonl") as results:
+        ready = suite.ready(known, choices, results, say)
+        for corpus in trained_on:
+            contamination.warn(ready, Path(corpus).expanduser(), results, say)
+        suite.evaluate(
+            loaded,
+            tokenizer,
+            ready,
+            compressors=compressor,
+            num_slots=num_slots,
+            chunk_size=chunk_size,
+            results=results,
+            say=say,
+        )
+    Console().print(*suite_tables(results.rows))
+
+
+def _pieces(folder: str | None) -> "Iterable[str]":
+    """Return the text of a folder, or the demo's, in pieces."""
+    from lococo.corpora import texts_of
+    from lococo.documents import demo_text
+
+    if folder is None:
+        return [demo_text()]
+    files = sorted(path for path in Path(folder).expanduser().rglob("*") if path.suffix in (".txt", ".jsonl"))
+    return (piece for file in files for text in texts_of(file) for piece in text)
 
 
 def train(

@@ -17,10 +17,10 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from lococo.attachment import attach
+from lococo.attachment import Attachment, attach
 from lococo.budgets import slots_for
 from lococo.cache import Positions, fork, grows
-from lococo.errors import ArgumentError
+from lococo.errors import ArgumentError, WindowError
 from lococo.models import load_model
 from lococo.progress import counting
 from lococo.reader import prefill, read
@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 # What requests begin with is read on its own if it is at least this many tokens.
 LEAST_SHARED = 32
+
+# What may happen to a prompt that leaves the window.
+TOO_LONG = ("truncate", "middle", "refuse")
 
 # What else of lm-eval's `hf` model may be chosen; the rest is about other ways of loading and running it.
 OPTIONS = frozenset(
@@ -80,6 +83,7 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
         device: str | None = None,
         too_long: str = "truncate",
         trust_remote_code: bool = False,
+        attachment: Attachment | None = None,
         **options: Any,
     ) -> None:
         """Load a model, unless it is given with its tokenizer, and attach a compressor.
@@ -95,15 +99,17 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
             dtype: Of the model.
             device: Of the model; None: where it loads.
             too_long: What happens to a prompt beyond `max_length`, which is the model's window by default: "truncate"
-                cuts its beginning off, as lm-eval does, and counts it in `truncated`; "refuse" stops.
+                cuts its beginning off, as lm-eval does, "middle" its middle, as LongBench does, and both are counted
+                in `truncated`; "refuse" stops.
             trust_remote_code: Let the model's repository run its own code.
+            attachment: Of a model that is given, in place of `compressor` and what follows it up to `budget`.
             **options: Of lm-eval's `hf` model, those of OPTIONS.
 
         Raises:
             ArgumentError: If a name or number is out of range, or an option unknown.
         """
-        if too_long not in ("truncate", "refuse"):
-            raise ArgumentError(f"too_long must be 'truncate' or 'refuse', got {too_long!r}")
+        if too_long not in TOO_LONG:
+            raise ArgumentError(f"too_long must be one of {', '.join(TOO_LONG)}, got {too_long!r}")
         if unknown := options.keys() - OPTIONS:
             raise ArgumentError(
                 f"--model lococo takes no {', '.join(sorted(unknown))}; expected {', '.join(sorted(OPTIONS))}"
@@ -122,17 +128,19 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, **options)
         self.too_long = too_long
         self.truncated = self._said_truncated = 0
-        spread = slots_for(
-            self.model, self.tokenizer, budget, compressor=compressor, num_slots=num_slots, chunk_size=chunk_size
-        )
-        self.attachment = attach(
-            self.model,
-            compressor,
-            num_slots=num_slots,
-            chunk_size=chunk_size,
-            positions=positions,
-            slots_per_layer=spread,
-        )
+        if attachment is None:
+            spread = slots_for(
+                self.model, self.tokenizer, budget, compressor=compressor, num_slots=num_slots, chunk_size=chunk_size
+            )
+            attachment = attach(
+                self.model,
+                compressor,
+                num_slots=num_slots,
+                chunk_size=chunk_size,
+                positions=positions,
+                slots_per_layer=spread,
+            )
+        self.attachment = attachment
 
     def _loglikelihood_tokens(
         self,
@@ -148,13 +156,18 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
             override_bs: Batch size.
         """
         wanted, counts = [], []
+        # Cut so that every answer to a question follows the same text.
+        room = self.max_length + 1 - max(len(continuation) for _, _, continuation in requests)
         for _, context, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
                 raise ArgumentError(
                     f"expected an answer of 1 to {self.max_length} tokens to score, got {len(continuation)}"
                 )
             # A context of nothing but spaces has moved to the continuation.
-            ids = self._fitting((context or [self.prefix_token_id]) + continuation, self.max_length + 1)
+            context = context or [self.prefix_token_id]
+            if self.too_long == "middle":
+                context = self._fitting(context, room)
+            ids = self._fitting(context + continuation, self.max_length + 1)
             wanted.append(Wanted(ids[:-1], len(ids) - len(continuation) - 1))
             counts.append(len(continuation))
         self._say_truncated()
@@ -215,16 +228,17 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
         return [self._fitting(ids, room) for ids in encoded], until, how
 
     def _fitting(self, ids: list[int], length: int) -> list[int]:
-        """Return the last `length` tokens, if there may be more."""
+        """Return `length` tokens, if there may be more."""
         if len(ids) <= length:
             return ids
         if self.too_long == "refuse":
-            raise ArgumentError(
+            raise WindowError(
                 f"a prompt of {len(ids)} tokens, where {length} fit a window of {self.max_length}; take fewer "
                 "examples, or too_long=truncate"
             )
         self.truncated += 1
-        return ids[-length:]
+        kept = length // 2 if self.too_long == "middle" else 0
+        return ids[:kept] + ids[len(ids) - length + kept :]
 
     def _say_truncated(self) -> None:
         if self.truncated > self._said_truncated:

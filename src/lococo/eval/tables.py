@@ -73,3 +73,38 @@ def ablation_table(rows: Sequence[Row]) -> Table:
         texts = ["" if r is None else f"{r['gap']:+.4f} [{r['low']:+.3f}, {r['high']:+.3f}]" for r in cells]
         made.add_row(subject, name, *texts)
     return made
+
+
+def suite_tables(rows: Sequence[Row]) -> list[Table]:
+    """Return one table per number of slots, a line per task and a column per compressor, and what was left out."""
+    measured = [row for row in rows if "score" in row]
+    full = {_asked(row): row for row in measured if row["compressor"] == "full"}
+    made = []
+    for num_slots in dict.fromkeys(row["num_slots"] for row in measured if row["num_slots"] is not None):
+        same = [row for row in measured if row["num_slots"] == num_slots]
+        names = list(dict.fromkeys(row["compressor"] for row in same))
+        cells = {(_asked(row), row["compressor"]): row for row in same}
+        table = Table("task", title=f"score, {num_slots} slots; the 95 % interval is the full cache's")
+        for heading in ("questions", "full", *names):
+            table.add_column(heading, justify="right")
+        for asked, row in full.items():
+            scores = [f"{cells[asked, name]['score']:.3f}" if (asked, name) in cells else "" for name in names]
+            cut = f" ({row['truncated']} cut)" if row["truncated"] else ""
+            twin = f"{row['score']:.3f} [{row['low']:.2f}, {row['high']:.2f}]"
+            table.add_row(f"{task_name(row)}, {row['metric']}", f"{row['questions']}{cut}", twin, *scores)
+        made.append(table)
+    if left_out := [row for row in rows if "skipped" in row]:
+        table = Table("task", "reason", title="left out")
+        for row in left_out:
+            table.add_row(row["task"], row["skipped"])
+        made.append(table)
+    return made
+
+
+def task_name(row: Row) -> str:
+    """Return the name of a row's task, with the number of examples before each question."""
+    return f"{row['task']}, {row['shots']} shots" if row["shots"] else str(row["task"])
+
+
+def _asked(row: Row) -> tuple[object, ...]:
+    return row["task"], row["shots"], row["length"], row["too_long"]

@@ -1,0 +1,57 @@
+"""Whether what is asked was trained on: runs of words that a benchmark and a folder of texts share."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+
+from lococo.corpora import texts_of
+from lococo.eval.tasks import Task
+from lococo.results import Results
+
+# So many words in a row are no coincidence (GPT-3, arXiv 2005.14165).
+RUN_OF_WORDS = 13
+
+WORDS = re.compile(r"\w+")
+
+
+def shared(texts: Mapping[str, str], corpus: Iterable[str]) -> dict[str, str]:
+    """Return, of named texts, those that share a run of words with a corpus, and the first run of each.
+
+    Args:
+        texts: By name.
+        corpus: Texts, each as a whole.
+    """
+    runs: dict[str, list[str]] = {}
+    for name, text in texts.items():
+        for run in _runs(text):
+            runs.setdefault(run, []).append(name)
+    hits: dict[str, str] = {}
+    for text in corpus:
+        for run in _runs(text):
+            for name in runs.get(run, ()):
+                hits.setdefault(name, run)
+    return hits
+
+
+def _runs(text: str) -> Iterator[str]:
+    words = WORDS.findall(text.lower())
+    return (" ".join(words[i : i + RUN_OF_WORDS]) for i in range(len(words) - RUN_OF_WORDS + 1))
+
+
+def warn(tasks: Iterable[Task], folder: Path, results: Results, say: Callable[[str], None]) -> None:
+    """Search a folder of texts for the questions of tasks, and note how many of each are found."""
+    by_task = {
+        task.choice.name: {str(n): str(task.asked.doc_to_text(doc)) for n, doc in enumerate(task.asked.eval_docs)}
+        for task in tasks
+    }
+    texts = {f"{task} {number}": text for task, asked in by_task.items() for number, text in asked.items()}
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".txt", ".jsonl"))
+    hits = shared(texts, ("".join(pieces) for file in files for pieces in texts_of(file)))
+    for task, asked in by_task.items():
+        found = [hits[name] for number in asked if (name := f"{task} {number}") in hits]
+        results.add({"task": task, "trained_on": folder.name, "questions": len(asked), "shared": len(found)})
+        if found:
+            say(
+                f"warning: {len(found)} of {len(asked)} questions of {task} share {RUN_OF_WORDS} words in a row with "
+                f"{folder.name}, such as {found[0]!r}"
+            )

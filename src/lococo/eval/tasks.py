@@ -1,0 +1,334 @@
+"""What can be measured: tasks of lm-evaluation-harness and ours, on local copies or data sets of the hub.
+
+Where lm-evaluation-harness has a task, its prompts and metrics are used, and a local copy only takes the place of the
+data set. SCROLLS is ours, since the harness fetches the code of its metrics from the hub.
+"""
+
+import difflib
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from datasets import Dataset, DatasetDict
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+from transformers import PreTrainedTokenizerBase
+
+from lococo.errors import ArgumentError, DocumentError
+from lococo.eval import copies, metrics, ruler, scrolls
+from lococo.eval.copies import Document
+
+TooLong = Literal["refuse", "truncate", "middle"]
+
+Read = Callable[[Path], list[Document]]
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """One task of a suite.
+
+    Attributes:
+        name: Of the task.
+        shots: Examples with their answers before every question: the first rows, which are not asked.
+        limit: Most questions, the first ones; a suite may say less.
+        per_document: Most questions about one text; None: all.
+        length: Most tokens of a prompt and its answer; None: the model's window, or 1,024 for prompts that are made.
+        too_long: What happens to a longer prompt: refuse skips the task and says so, truncate cuts its beginning off,
+            middle its middle (LongBench); None: middle for long documents, refuse for all else.
+    """
+
+    name: str
+    shots: int = 0
+    limit: int | None = None
+    per_document: int | None = None
+    length: int | None = None
+    too_long: TooLong | None = None
+
+    @classmethod
+    def of(cls, described: object) -> "TaskChoice":
+        """Check what a recipe says about a task: its name alone, or a mapping with these attributes."""
+        fields = {"name": described} if isinstance(described, str) else described
+        if not isinstance(fields, Mapping) or not isinstance(fields.get("name"), str):
+            raise ArgumentError(f"expected a task as a name or a mapping with a name, got {described!r}")
+        if unknown := fields.keys() - cls.__dataclass_fields__.keys():
+            expected = ", ".join(cls.__dataclass_fields__)
+            raise ArgumentError(f"task {fields['name']}: no setting {', '.join(sorted(unknown))}; expected {expected}")
+        for name, least in (("shots", 0), ("limit", 1), ("per_document", 1), ("length", 1)):
+            value = fields.get(name, least)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ArgumentError(f"task {fields['name']}: {name} must be at least {least}, got {value!r}")
+        if fields.get("too_long") not in (None, *get_args(TooLong)):
+            expected = ", ".join(get_args(TooLong))
+            raise ArgumentError(
+                f"task {fields['name']}: too_long must be one of {expected}, got {fields['too_long']!r}"
+            )
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is known of a task.
+
+    Attributes:
+        metric: The score that counts.
+        folder: Of its local copy; "" for none.
+        read: Reads the copy.
+        hub: Reads the hub's data set, for tasks of ours that have one; the harness's find theirs.
+        ours: Whether the documents are those of `copies.question_of`.
+        answer: Most tokens of an answer, of ours.
+        long: Whether its documents may be longer than a window.
+    """
+
+    metric: str
+    folder: str = ""
+    read: Read | None = None
+    hub: Callable[[], list[Document]] | None = None
+    ours: bool = False
+    answer: int = 32
+    long: bool = False
+
+
+def _ours(metric: str, folder: str, read: Read | None, **more: Any) -> Kind:
+    return Kind(metric, folder, read, ours=True, **more)
+
+
+BABI = range(1, 21)
+
+KINDS: dict[str, Kind] = {
+    "hellaswag": Kind("acc_norm", "hellaswag", copies.hellaswag),
+    "winogrande": Kind("acc", "winogrande", copies.winogrande),
+    "race": Kind("acc", "race", copies.as_on_the_hub),
+    "triviaqa": Kind("exact_match", "triviaqa", copies.triviaqa),
+    "logiqa2": Kind("acc_norm", "logiqa2", copies.as_on_the_hub),
+    "arc_easy": Kind("acc_norm", "arc_easy", copies.arc),
+    "arc_challenge": Kind("acc_norm", "arc_challenge", copies.arc),
+    "squad": _ours("f1", "squad", copies.squad),
+    "hotpotqa": _ours("f1", "hotpotqa", copies.hotpotqa),
+    "narrativeqa_summaries": _ours("f1", "narrativeqa_summaries", copies.squad),
+    "qasper_yesno": _ours("acc", "qasper_yesno", copies.qasper_yesno, long=True),
+    **{f"babi_qa{n}": _ours("acc", "babi", partial(copies.babi, number=n)) for n in BABI},
+    "scrolls_qmsum": _ours("rouge", "qmsum", copies.qmsum, hub=scrolls.qmsum, answer=128, long=True),
+    "scrolls_contractnli": _ours("acc", "contract_nli", copies.contract_nli, hub=scrolls.contract_nli, long=True),
+    "scrolls_quality": _ours("acc", "", None, hub=scrolls.quality, long=True),
+    "scrolls_qasper": _ours("f1", "", None, hub=scrolls.qasper, answer=64, long=True),
+    "scrolls_narrativeqa": _ours("f1", "", None, hub=scrolls.narrativeqa, long=True),
+    "scrolls_govreport": _ours("rouge", "", None, hub=scrolls.gov_report, answer=512, long=True),
+    "scrolls_summscreenfd": _ours("rouge", "", None, hub=scrolls.summ_screen, answer=256, long=True),
+    **{family: _ours("found", "", None, answer=64) for family in ruler.FAMILIES},
+}
+
+LONGBENCH = "longbench_"
+
+# Of prompts that are made, with their answers, where nothing else is said.
+SYNTHETIC_TOKENS = 1024
+SYNTHETIC_EXAMPLES = 50
+
+# How long the hub may take to answer.
+HUB_SECONDS = 5
+
+
+class AbsentError(DocumentError):
+    """A task whose data is not here; a suite goes on without it."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task that is ready to be asked.
+
+    Attributes:
+        choice: What was asked for.
+        asked: The task, as lm-evaluation-harness takes it.
+        metric: The score that counts.
+        too_long: See `TaskChoice`.
+        documents: Names the text that each question is about.
+    """
+
+    choice: TaskChoice
+    asked: Any
+    metric: str
+    too_long: TooLong
+    documents: list[str] = field(default_factory=list)
+
+
+class Tasks:
+    """Finds tasks by name."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, data: Path | None, text: Callable[[], Any], limit: int | None
+    ) -> None:
+        """Look for local copies in `data`, and hide what is to be found in `text`.
+
+        Args:
+            tokenizer: Of the model.
+            data: Folder with a subfolder per local copy; None: data sets of the hub.
+            text: Returns pieces of text, for synthetic tasks.
+            limit: Most questions per task, where it does not say less itself.
+        """
+        self.tokenizer, self.data, self.text, self.limit = tokenizer, data, text, limit
+        self.manager = TaskManager(verbosity="ERROR")
+
+    def check(self, name: str) -> None:
+        """Refuse a name that is no task."""
+        if name not in KINDS and name not in self.manager.all_subtasks:
+            nearest = difflib.get_close_matches(name, [*KINDS, *self.manager.all_subtasks], 1, 0.5)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ArgumentError(
+                f"unknown task {name!r}; expected one of {', '.join(KINDS)}, or one of lm-evaluation-harness{hint}"
+            )
+
+    def find(self, choice: TaskChoice) -> Task:
+        """Make a task ready.
+
+        Raises:
+            ArgumentError: If there is no task of that name.
+            AbsentError: If its data is not here.
+            DocumentError: If a file of it is malformed, or has too few rows.
+        """
+        self.check(choice.name)
+        kind = KINDS.get(choice.name)
+        if kind is None:
+            return self._of_the_hub(choice, None)
+        if choice.name in ruler.FAMILIES:
+            return self._ours(choice, kind, self._synthetic(choice))
+        if self.data is None:
+            return (
+                self._ours(choice, kind, self._fetched(choice, kind)) if kind.ours else self._of_the_hub(choice, kind)
+            )
+        documents = self._local(choice, kind)
+        if kind.ours:
+            return self._ours(choice, kind, documents)
+        config = load_yaml(self.manager.task_index[choice.name].yaml_path)
+        parts = {"training_split": None, "validation_split": None, "dataset_path": "json", "dataset_name": None}
+        return self._task(choice, kind, {**config, **parts}, documents)
+
+    def _most(self, choice: TaskChoice) -> int | None:
+        """Return how many questions are asked at most; None: all."""
+        return min((limit for limit in (choice.limit, self.limit) if limit is not None), default=None)
+
+    def _local(self, choice: TaskChoice, kind: Kind) -> list[Document]:
+        assert self.data is not None
+        folder = self.data / (kind.folder or choice.name)
+        if kind.read is None:
+            raise AbsentError(f"{choice.name}: no local copy of it can be read; leave --data-dir out to fetch it")
+        try:
+            return kind.read(folder)
+        except FileNotFoundError as error:
+            raise AbsentError(f"{choice.name}: no such file: {error.args[0]}") from error
+
+    def _fetched(self, choice: TaskChoice, kind: Kind) -> list[Document]:
+        if kind.hub is None:
+            raise AbsentError(f"{choice.name}: the hub has no such data set; give a local copy with --data-dir")
+        with _reachable(choice.name):
+            return kind.hub()
+
+    def _synthetic(self, choice: TaskChoice) -> list[Document]:
+        count = (self._most(choice) or SYNTHETIC_EXAMPLES) + choice.shots
+        length = choice.length or SYNTHETIC_TOKENS
+        haystack = ruler.Haystack.of(self.tokenizer, self.text(), 20 * length)
+        room = length - KINDS[choice.name].answer
+        return ruler.examples(choice.name, self.tokenizer, haystack, length=room, count=count)
+
+    def _ours(self, choice: TaskChoice, kind: Kind, documents: list[Document]) -> Task:
+        chosen = bool(documents and documents[0]["choices"])
+        scores = {"acc": ["acc"], "rouge": list(metrics.ROUGE), "f1": ["f1", "exact_match"], "found": ["found"]}
+        config = {
+            "output_type": "multiple_choice" if chosen else "generate_until",
+            "doc_to_text": "prompt",
+            "doc_to_target": "gold" if chosen else "{{answers[0]}}",
+            "doc_to_choice": "choices" if chosen else None,
+            "process_results": None if chosen else partial(_scores, kind.metric),
+            "generation_kwargs": None if chosen else {"until": ["\n"], "max_gen_toks": kind.answer, "do_sample": False},
+            "metric_list": [
+                {"metric": n, "aggregation": "mean", "higher_is_better": True} for n in scores[kind.metric]
+            ],
+        }
+        return self._task(choice, kind, config, documents)
+
+    def _task(self, choice: TaskChoice, kind: Kind, config: dict[str, Any], documents: list[Document]) -> Task:
+        """Make a task of documents that are here."""
+        examples, asked = documents[: choice.shots], _spread(documents[choice.shots :], choice.per_document)
+        asked = asked[: self._most(choice)]
+        if not asked:
+            raise DocumentError(
+                f"{choice.name} has {len(documents)} rows, too few for {choice.shots} examples and a question"
+            )
+        parts = {"test": Dataset.from_list(asked)} | ({"train": Dataset.from_list(examples)} if examples else {})
+        config = {name: value for name, value in config.items() if value is not None} | {
+            "task": choice.name,
+            "custom_dataset": lambda **_: DatasetDict(parts),
+            "test_split": "test",
+            "num_fewshot": choice.shots,
+        }
+        if examples:
+            # The same examples before every question, so that they are read once.
+            config |= {"fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}}
+        for name in ("tag", "group", "dataset_kwargs"):
+            config.pop(name, None)
+        names = [str(document.get("document", number)) for number, document in enumerate(asked)]
+        return Task(choice, ConfigurableTask(config=config), kind.metric, _too_long(choice, kind.long), names)
+
+    def _of_the_hub(self, choice: TaskChoice, kind: Kind | None) -> Task:
+        """Let lm-evaluation-harness load a task and its data."""
+        if self.data is not None:
+            raise AbsentError(f"{choice.name}: no local copy of it can be read; leave --data-dir out to fetch it")
+        with _reachable(choice.name):
+            asked = self.manager.load([choice.name])["tasks"][choice.name]
+        asked.set_config("num_fewshot", choice.shots)
+        metric = kind.metric if kind is not None else _first_metric(asked)
+        long = choice.name.startswith(LONGBENCH) if kind is None else kind.long
+        count = min(len(asked.eval_docs), self._most(choice) or len(asked.eval_docs))
+        return Task(choice, asked, metric, _too_long(choice, long), [str(number) for number in range(count)])
+
+
+def _spread(documents: list[Document], most: int | None) -> list[Document]:
+    """Return documents, of those with one text the first `most`."""
+    seen: Counter[str] = Counter()
+    taken = []
+    for number, document in enumerate(documents):
+        text = document.get("document", str(number))
+        seen[text] += 1
+        if most is None or seen[text] <= most:
+            taken.append(document)
+    return taken
+
+
+def _too_long(choice: TaskChoice, long: bool) -> TooLong:
+    return choice.too_long or ("middle" if long else "refuse")
+
+
+def _first_metric(asked: Any) -> str:
+    return str(asked.config.metric_list[0]["metric"])
+
+
+def _scores(metric: str, document: Document, results: Sequence[str]) -> dict[str, float]:
+    """Score what was written."""
+    written, answers = results[0], document["answers"]
+    if metric == metrics.GEOMETRIC_MEAN:
+        return metrics.rouge(written, answers)
+    if metric == "found":
+        return {"found": metrics.found(written, answers)}
+    return {"f1": metrics.f1(written, answers), "exact_match": metrics.exact_match(written, answers)}
+
+
+@contextmanager
+def _reachable(name: str) -> Iterator[None]:
+    """Say at once that the hub cannot be reached; what is cached is found with HF_HUB_OFFLINE=1."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+        yield
+    except DocumentError:
+        raise
+    except Exception as error:  # of whichever library asks the hub
+        raise AbsentError(
+            f"{name}: its data set could not be fetched from the hub ({type(error).__name__}: {error}); connect, or "
+            "give a local copy with --data-dir"
+        ) from error

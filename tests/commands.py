@@ -32,7 +32,7 @@ def tokenizer_of(text: str) -> PreTrainedTokenizerFast:
     )
 
 
-def save_llama(folder: Path, *, words: str = WORDS, layers: int = 2, seed: int = 0) -> str:
+def save_llama(folder: Path, *, words: str = WORDS, layers: int = 2, seed: int = 0, window: int = 256) -> str:
     tokenizer = tokenizer_of(words)
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -42,7 +42,7 @@ def save_llama(folder: Path, *, words: str = WORDS, layers: int = 2, seed: int =
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=window,
         bos_token_id=None,
         eos_token_id=None,
     )

@@ -31,6 +31,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval perplexity": measuring.eval_perplexity,
     "eval needle": measuring.eval_needle,
     "eval suite": measuring.eval_suite,
+    "report": measuring.report,
     "bench": measuring.bench,
 }
 

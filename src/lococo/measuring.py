@@ -295,8 +295,7 @@ def ablate(table: str, *, data: str, output: str, json: str, plot: str | None = 
     _check_extra("train", "accelerate")
     if picture is not None:
         _check_extra("eval", "matplotlib")
-    from lococo.eval import ablations
-    from lococo.eval.plots import plot_ablations
+    from lococo.eval import ablations, plots
     from lococo.eval.tables import ablation_table
 
     rows = ablations.read_table(path)
@@ -314,7 +313,7 @@ def ablate(table: str, *, data: str, output: str, json: str, plot: str | None = 
     made = ablations.summary(results.rows)
     Console().print(ablation_table(made))
     if picture is not None:
-        plot_ablations(made, picture)
+        plots.save(plots.ablations(made), picture)
 
 
 def bench(
@@ -372,6 +371,25 @@ def bench(
             for row in measure.bench(settings, repeats=repeats, progress=beyond(progress, before, total)):
                 results.add(row)
     Console().print(measure.table(results.rows))
+
+
+def report(results: list[str], *, output: str, baseline: str = "full") -> None:
+    """Turn results into one HTML file with tables, plots and intervals, which needs no network.
+
+    Args:
+        results: .jsonl files of the other verbs, or folders of them.
+        output: The HTML file, replaced if it is there.
+        baseline: Compressor that the others are compared with, paired.
+    """
+    target = Path(output).expanduser()
+    check_output(target, force=True)
+    sources = [Path(result).expanduser() for result in results]
+    _check_extra("eval", "matplotlib")
+    from lococo.atomic import write_atomically
+    from lococo.eval.report import report as made
+
+    write_atomically(target, made(sources, baseline=baseline).encode())
+    print(target)
 
 
 def _checked(data: str, json: str) -> Path:

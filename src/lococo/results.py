@@ -1,9 +1,13 @@
 """Rows of results in a file as they come, so that what an interrupted run has measured is not measured again."""
 
 import hashlib
+import importlib.metadata
 import json
+import os
+import shlex
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +18,23 @@ Row = dict[str, Any]
 # Names what a row was measured with; rows that differ in anything that could change their figures differ in it.
 RUN = "run"
 
+# Says how a row was made, in words: the command and the versions of what ran.
+ABOUT = "about"
+PACKAGES = ("lococo", "torch", "transformers", "lm_eval")
+
 
 class Results:
     """Rows in the order in which they were asked for, backed by a file of JSON lines."""
 
-    def __init__(self, file: Path | None = None) -> None:
-        """Open a file that may hold rows already; without one, rows are only held in memory."""
+    def __init__(self, file: Path | None = None, about: Row | None = None) -> None:
+        """Open a file that may hold rows already; without one, rows are only held in memory.
+
+        Args:
+            file: Of JSON lines; need not exist.
+            about: Added to every new row, see `about_this_run`.
+        """
         self.rows: list[Row] = []
+        self._about = {} if about is None else {ABOUT: about}
         self._file = file
         self._kept: dict[str, Row] = {}
         if file is not None and file.exists():
@@ -41,14 +55,14 @@ class Results:
         run = key_of({"settings": settings, "of": of})
         row = self._kept.get(run)
         if row is None:
-            row = self._kept[run] = {**settings, **measure(), RUN: run}
+            row = self._kept[run] = {**settings, **measure(), **self._about, RUN: run}
             self._write(row)
         self.rows.append(row)
         return row
 
     def add(self, row: Row) -> None:
         """Keep a row that no later run takes over."""
-        row = {name: value for name, value in row.items() if name != RUN}
+        row = {name: value for name, value in row.items() if name != RUN} | self._about
         self._write(row)
         self.rows.append(row)
 
@@ -71,7 +85,7 @@ def results_file(target: Path) -> Iterator[Results]:
     and so does an older result.
     """
     partial = target.with_name(target.name + ".partial")
-    results = Results(partial)
+    results = Results(partial, about_this_run())
     yield results
     write_atomically(target, _lines(results.rows).encode())
     if unasked := results.unasked():
@@ -96,3 +110,13 @@ def _readable(line: str) -> Row | None:
 def key_of(settings: Row) -> str:
     """Return a short name for settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def about_this_run() -> Row:
+    """Return the command that runs, with names alone of the files and folders in it, and the versions of what runs."""
+    words = [Path(word).name if os.sep in word and Path(word).exists() else word for word in sys.argv[1:]]
+    versions = {}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {"command": shlex.join(["lococo", *words]), "versions": versions}

@@ -5,8 +5,7 @@ import pytest
 from families import tiny
 
 from lococo.errors import ArgumentError, DocumentError
-from lococo.eval import ablations, perplexity
-from lococo.eval.plots import plot_ablations
+from lococo.eval import ablations, perplexity, plots
 from lococo.results import Results
 
 TABLE = """
@@ -63,10 +62,10 @@ def test_rows_are_trained_once_and_measured_where_they_say(tmp_path, data, token
     monkeypatch.setattr(perplexity, "score", lambda *arguments: pytest.fail("measured again"))
     assert run() == results
     assert not any("training in" in line for line in said)
-    plot_ablations(made, tmp_path / "plot.svg")
+    plots.save(plots.ablations(made), tmp_path / "plot.svg")
     assert "kernel size" in (tmp_path / "plot.svg").read_text()
     with pytest.raises(ArgumentError, match=r"name a file such as plot\.svg"):
-        plot_ablations(made, tmp_path / "plot.nonsense")
+        plots.save(plots.ablations(made), tmp_path / "plot.nonsense")
 
 
 def test_what_would_fail_after_hours_fails_at_once(tmp_path, data, tokenizer):

@@ -6,7 +6,7 @@ from families import tiny
 from transformers import DynamicCache
 
 import lococo
-from lococo.errors import ArgumentError
+from lococo.errors import ArgumentError, WindowError
 
 pytest.importorskip("lm_eval")
 
@@ -173,12 +173,23 @@ def test_a_prompt_beyond_the_window_is_counted_or_refused(tokenizer, caplog):
     assert slots.truncated == slots.get_model_info()["truncated"] == 1
     assert "1 requests were longer than the window" in caplog.text
     strict = SlotLM(tiny(), tokenizer=tokenizer, num_slots=40, chunk_size=16, max_length=64, too_long="refuse")
-    with pytest.raises(ArgumentError, match="prompt of 91 tokens, where 65 fit a window of 64"):
+    with pytest.raises(WindowError, match="prompt of 91 tokens, where 65 fit a window of 64"):
         strict.loglikelihood(requests, disable_tqdm=True)
-    with pytest.raises(ArgumentError, match="'truncate' or 'refuse'"):
+    with pytest.raises(ArgumentError, match="one of truncate, middle, refuse"):
         SlotLM(tiny(), tokenizer=tokenizer, too_long="cut")
     with pytest.raises(ArgumentError, match="no room in a window of 64"):
         strict.generate_until(instances("generate_until", [("w3", {"until": [], "max_gen_toks": 64})]))
+
+
+def test_a_prompt_that_is_cut_in_its_middle_keeps_both_ends(tokenizer):
+    context, answers = words(90, 0), [" w7", " w8 w9 w10"]
+    slots = SlotLM(tiny(), tokenizer=tokenizer, compressor="full", max_length=64, too_long="middle")
+    scores = slots.loglikelihood(instances("loglikelihood", [(context, answer) for answer in answers]))
+    assert slots.truncated == 2
+    # Both answers follow the same text, cut for the longer of the two.
+    kept = context.split()[:31] + context.split()[-31:]
+    whole = SlotLM(tiny(), tokenizer=tokenizer, compressor="full")
+    close(scores, whole.loglikelihood(instances("loglikelihood", [(" ".join(kept), answer) for answer in answers])))
 
 
 def test_what_would_be_ignored_is_refused(tokenizer):

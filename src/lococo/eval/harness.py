@@ -157,7 +157,7 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
         """
         wanted, counts = [], []
         # Cut so that every answer to a question follows the same text.
-        room = self.max_length + 1 - max(len(continuation) for _, _, continuation in requests)
+        room = self.max_length + 1 - max((len(continuation) for _, _, continuation in requests), default=0)
         for _, context, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
                 raise ArgumentError(

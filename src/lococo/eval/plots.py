@@ -1,57 +1,216 @@
 """Pictures of results, made from their rows alone."""
 
-from collections.abc import Sequence
+import io
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lococo.errors import ArgumentError
+from lococo.results import Row
 
-Row = dict[str, Any]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Of text and lines in pictures for HTML, where it becomes the colour of the text around them.
+INK = "#010203"
+
+FULL = "full"
+
+PANEL = (4.2, 3.2)
 
 
-def plot_ablations(rows: Sequence[Row], target: Path) -> None:
+def ablations(rows: Sequence[Row]) -> "Figure":
     """Draw one panel per subject, a point per value and number of slots, with 95 % intervals.
 
     Args:
         rows: Of `ablations.summary`.
-        target: The picture; its suffix decides the format, such as .svg or .png.
-
-    Raises:
-        ArgumentError: If matplotlib is not installed, or cannot write this format.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ArgumentError("a plot needs matplotlib; install `lococo[eval]`") from error
-    subjects = list(dict.fromkeys(row["subject"] for row in rows))
-    columns = min(3, len(subjects))
-    lines = -(-len(subjects) // columns)
-    figure = Figure(figsize=(4.2 * columns, 3.2 * lines), layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flatten()
-    for panel in panels[len(subjects) :]:
-        panel.set_visible(False)
-    for panel, subject in zip(panels, subjects, strict=False):
+
+    def draw(panel: "Axes", subject: Any) -> None:
         same = [row for row in rows if row["subject"] == subject]
         names = list(dict.fromkeys(row["name"] for row in same))
         for shift, num_slots in enumerate(dict.fromkeys(row["num_slots"] for row in same)):
             drawn = [row for row in same if row["num_slots"] == num_slots]
-            panel.errorbar(
-                [names.index(row["name"]) + 0.1 * shift for row in drawn],
-                [row["gap"] for row in drawn],
-                yerr=[
-                    [max(0, row["gap"] - row["low"]) for row in drawn],
-                    [max(0, row["high"] - row["gap"]) for row in drawn],
-                ],
-                fmt="o",
-                capsize=3,
-                label=f"{num_slots} slots",
-            )
+            places = [names.index(row["name"]) + 0.1 * shift for row in drawn]
+            _points(panel, places, drawn, "gap", ("low", "high"), fmt="o", label=f"{num_slots} slots")
         panel.set_xticks(range(len(names)), names, rotation=25, ha="right")
-        panel.set_title(subject)
         panel.set_ylabel("gap, nats per token")
         panel.set_ylim(bottom=min(0, *(row["low"] for row in same)))
-        panel.legend(fontsize="small")
+
+    return _panels(list(dict.fromkeys(row["subject"] for row in rows)), draw)
+
+
+def perplexity(rows: Sequence[Row]) -> "Figure":
+    """Draw one panel per domain: the gap by number of slots, a line per compressor, the full cache at 0."""
+
+    def draw(panel: "Axes", domain: Any) -> None:
+        same = [row for row in rows if row["domain"] == domain and row["compressor"] != FULL]
+        for name in dict.fromkeys(map(how_read, same)):
+            drawn = sorted((row for row in same if how_read(row) == name), key=lambda row: row["num_slots"])
+            places = [row["num_slots"] for row in drawn]
+            _points(panel, places, drawn, "gap", ("gap_low", "gap_high"), fmt="o-", label=name)
+        panel.axhline(0, color=INK, linestyle="--", linewidth=1, label="full cache")
+        _slots_axis(panel, [row["num_slots"] for row in same])
+        panel.set_ylabel("gap, nats per token")
+
+    return _panels(list(dict.fromkeys(row["domain"] for row in rows)), draw)
+
+
+def needle(rows: Sequence[Row]) -> "Figure":
+    """Draw one panel per number of slots: the accuracy by length of text, a line per compressor."""
+
+    def draw(panel: "Axes", num_slots: Any) -> None:
+        same = [row for row in rows if row["num_slots"] == num_slots]
+        for name in dict.fromkeys(row["compressor"] for row in same):
+            drawn = sorted((row for row in same if row["compressor"] == name), key=lambda row: row["length"])
+            style = {"color": INK, "fmt": "o--"} if name == FULL else {"fmt": "o-"}
+            places = [row["length"] for row in drawn]
+            _points(panel, places, drawn, "accuracy", ("low", "high"), label=name, **style)
+        panel.set_xlabel("tokens")
+        panel.set_ylabel("numbers found")
+        panel.set_ylim(-0.05, 1.05)
+
+    return _panels(list(dict.fromkeys(row["num_slots"] for row in rows)), draw, name="{} slots")
+
+
+def suite(rows: Sequence[Row], name_of: Callable[[Row], str]) -> "Figure":
+    """Draw one panel per task: the score by number of slots, a line per compressor, the full cache's as reference."""
+
+    def draw(panel: "Axes", task: Any) -> None:
+        same = [row for row in rows if name_of(row) == task]
+        for name in dict.fromkeys(row["compressor"] for row in same):
+            drawn = [row for row in same if row["compressor"] == name]
+            if name == FULL:
+                panel.axhline(drawn[0]["score"], color=INK, linestyle="--", linewidth=1, label="full cache")
+                panel.axhspan(drawn[0]["low"], drawn[0]["high"], color=INK, alpha=0.08, linewidth=0)
+                continue
+            drawn.sort(key=lambda row: row["num_slots"])
+            panel.plot([row["num_slots"] for row in drawn], [row["score"] for row in drawn], "o-", label=name)
+        _slots_axis(panel, [row["num_slots"] for row in same if row["num_slots"] is not None])
+        panel.set_ylabel(same[0]["metric"])
+
+    return _panels(list(dict.fromkeys(map(name_of, rows))), draw)
+
+
+def bench(rows: Sequence[Row]) -> "Figure":
+    """Draw the medians of speed and memory by length of text, with the spread of the rounds."""
+    figures = {
+        "prefill_tokens_per_s": ("tokens read per second", 1),
+        "decode_tokens_per_s": ("tokens decoded per second", 1),
+        "kv_bytes": ("keys and values, MiB", 2**20),
+        "peak_memory_bytes": ("peak memory beside the model, MiB", 2**20),
+    }
+
+    def draw(panel: "Axes", figure: Any) -> None:
+        words, unit = figures[figure]
+        for name in dict.fromkeys(row["compressor"] for row in rows):
+            drawn = sorted((row for row in rows if row["compressor"] == name), key=lambda row: row["length"])
+            scaled = [
+                {
+                    "at": row[figure] / unit,
+                    "low": row["spread"][figure][0] / unit,
+                    "high": row["spread"][figure][1] / unit,
+                }
+                for row in drawn
+            ]
+            _points(panel, [row["length"] for row in drawn], scaled, "at", ("low", "high"), fmt="o-", label=name)
+        panel.set_xlabel("tokens")
+        panel.set_title(words)
+        panel.set_ylim(bottom=0)
+
+    return _panels(list(figures), draw)
+
+
+def how_read(row: Row) -> str:
+    """Return the compressor of a row, with its budget where that is not its own."""
+    budget = row.get("budget", "own")
+    return str(row["compressor"]) if budget == "own" else f"{row['compressor']}, {budget} budget"
+
+
+def _panels(keys: Sequence[Any], draw: Callable[["Axes", Any], None], name: str = "{}") -> "Figure":
+    """Draw one panel per key, with a legend for all that are drawn alike."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ArgumentError("a plot needs matplotlib; install `lococo[eval]`") from error
+    columns = min(3, len(keys))
+    lines = -(-len(keys) // columns)
+    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for panel in panels[len(keys) :]:
+        panel.set_visible(False)
+    legends = []
+    for panel, key in zip(panels, keys, strict=False):
+        draw(panel, key)
+        if not panel.get_title():
+            panel.set_title(name.format(key))
+        legends.append(panel.get_legend_handles_labels())
+    if all(labels == legends[0][1] for _, labels in legends):
+        figure.legend(*legends[0], loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+    else:
+        for panel in panels[: len(keys)]:
+            panel.legend(fontsize="small", frameon=False)
+    return figure
+
+
+def _points(
+    panel: "Axes", places: Sequence[float], rows: Sequence[Row], value: str, ends: tuple[str, str], **style: Any
+) -> None:
+    """Draw values with their intervals."""
+    middle = [row[value] for row in rows]
+    below = [max(0.0, row[value] - row[ends[0]]) for row in rows]
+    above = [max(0.0, row[ends[1]] - row[value]) for row in rows]
+    panel.errorbar(places, middle, yerr=[below, above], capsize=3, markersize=4, **style)
+
+
+def _slots_axis(panel: "Axes", numbers: Sequence[int]) -> None:
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(sorted(set(numbers)), [str(number) for number in sorted(set(numbers))])
+    panel.minorticks_off()
+    panel.set_xlabel("slots per layer, mean")
+
+
+def save(figure: "Figure", target: Path) -> None:
+    """Write a picture; the suffix of the file decides its format, such as .svg or .png.
+
+    Raises:
+        ArgumentError: If matplotlib cannot write this format.
+    """
     try:
         figure.savefig(target)
     except ValueError as error:
-        raise ArgumentError(f"{target}: {error}; name a file such as plot.svg") from error
+        raise ArgumentError(f"{target}: {error}") from error
+
+
+def svg(figure: "Figure", salt: str) -> str:
+    """Return a picture as an element of HTML: as wide as there is room, in the colour of the text around it.
+
+    Args:
+        figure: Drawn with INK where it is to follow the text.
+        salt: Keeps the names inside one picture apart from those inside others.
+    """
+    import matplotlib
+
+    for panel in figure.axes:
+        panel.patch.set_visible(False)
+        for text in (panel.title, panel.xaxis.label, panel.yaxis.label):
+            text.set_color(INK)
+        panel.tick_params(which="both", colors=INK)
+        for spine in panel.spines.values():
+            spine.set_edgecolor(INK)
+    for legend in [*figure.legends, *(panel.get_legend() for panel in figure.axes)]:
+        for text in legend.get_texts() if legend is not None else ():
+            text.set_color(INK)
+    figure.patch.set_visible(False)
+    drawn = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+    made = drawn.getvalue()
+    made = made[made.index("<svg") :].replace(INK, "currentColor")
+    made = re.sub(r"<metadata>.*?</metadata>", "", made, flags=re.DOTALL)
+    made = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", made, count=1)
+    made = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1 role="img"', made, count=1)
+    # The names of axes and lines are the same in every picture; only what is referred to must stay.
+    return re.sub(r'<g id="(?!m)[^"]*">', "<g>", made)

@@ -1,8 +1,8 @@
 """The synthetic families of RULER (arXiv 2404.06654), made of any text.
 
-Numbers hidden in it (one key, several keys, several values of a key, several keys asked for), variables that take their
-value from one another, and the commonest words of a list. Every example is a prompt of at most a given number of tokens,
-with the answers that must occur in what the model writes after it.
+Numbers hidden in it (one key, several keys, several values of a key, several keys asked for), variables that take
+their value from one another, and the commonest words of a list. Every example is a prompt of at most a given number of
+tokens, with the answers that must occur in what the model writes after it.
 """
 
 import bisect
@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
@@ -118,7 +119,7 @@ def _variables(draw: random.Random, hay: Haystack, count: Count, length: int) ->
     names = list(dict.fromkeys("".join(draw.choices(letters, k=5)) for _ in range(2 * VARIABLES)))[:VARIABLES]
     value = str(draw.randrange(10_000, 100_000))
     chain = [f"VAR {names[0]} = {value}."]
-    chain += [f"VAR {name} = VAR {before}." for before, name in zip(names, names[1:], strict=False)]
+    chain += [f"VAR {name} = VAR {before}." for before, name in pairwise(names)]
     before = "Assignments of variables are hidden in the following text. Keep track of them.\n"
     after = f"\nQuestion: Which variables have the value {value} in the text above?\n"
     after += f"Answer: The {VARIABLES} variables that have the value {value} are VAR"

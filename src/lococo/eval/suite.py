@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lm_eval import simple_evaluate
+from lm_eval.evaluator import evaluate as ask
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lococo.attachment import Attachment, attach
@@ -70,11 +70,11 @@ def _rows(
     say: Callable[[str], None],
 ) -> list[Row]:
     attached: dict[tuple[str, int | None], Attachment] = {("full", None): attach(model, "full", chunk_size=chunk_size)}
-    for slots in dict.fromkeys(num_slots):
+    for mean in dict.fromkeys(num_slots):
         for name in dict.fromkeys(compressors):
             if name != "full":
-                spelt = name.replace("{num_slots}", str(slots))
-                attached[name, slots] = attach(model, spelt, num_slots=slots, chunk_size=chunk_size)
+                spelt = name.replace("{num_slots}", str(mean))
+                attached[name, mean] = attach(model, spelt, num_slots=mean, chunk_size=chunk_size)
     first = len(results.rows)
     for number, task in enumerate(tasks, 1):
         for (name, slots), attachment in attached.items():
@@ -149,7 +149,8 @@ def _measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: 
     reader = SlotLM(
         model, tokenizer=tokenizer, attachment=attachment, too_long=task.too_long, max_length=task.choice.length
     )
-    out = simple_evaluate(reader, tasks=[task.asked], limit=len(task.documents), bootstrap_iters=0, log_samples=True)
+    asked = {task.choice.name: task.asked}
+    out = ask(reader, asked, limit=len(task.documents), bootstrap_iters=0, log_samples=True)
     samples = sorted(out["samples"][task.choice.name], key=lambda sample: sample["doc_id"])
     samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
     names = [name for name in task.asked.higher_is_better() if isinstance(samples[0].get(name), int | float)]

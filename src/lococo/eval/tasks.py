@@ -5,12 +5,11 @@ data set. SCROLLS is ours, since the harness fetches the code of its metrics fro
 """
 
 import difflib
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -171,12 +170,11 @@ class Tasks:
             limit: Most questions per task, where it does not say less itself.
         """
         self.tokenizer, self.data, self.text, self.limit = tokenizer, data, text, limit
-        self.manager = TaskManager(verbosity="ERROR")
 
     def check(self, name: str) -> None:
         """Refuse a name that is no task."""
-        if name not in KINDS and name not in self.manager.all_subtasks:
-            nearest = difflib.get_close_matches(name, [*KINDS, *self.manager.all_subtasks], 1, 0.5)
+        if name not in KINDS and name not in _manager().all_subtasks:
+            nearest = difflib.get_close_matches(name, [*KINDS, *_manager().all_subtasks], 1, 0.5)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
             raise ArgumentError(
                 f"unknown task {name!r}; expected one of {', '.join(KINDS)}, or one of lm-evaluation-harness{hint}"
@@ -203,7 +201,7 @@ class Tasks:
         documents = self._local(choice, kind)
         if kind.ours:
             return self._ours(choice, kind, documents)
-        config = load_yaml(self.manager.task_index[choice.name].yaml_path)
+        config = load_yaml(_manager().task_index[choice.name].yaml_path)
         parts = {"training_split": None, "validation_split": None, "dataset_path": "json", "dataset_name": None}
         return self._task(choice, kind, {**config, **parts}, documents)
 
@@ -278,7 +276,7 @@ class Tasks:
         if self.data is not None:
             raise AbsentError(f"{choice.name}: no local copy of it can be read; leave --data-dir out to fetch it")
         with _reachable(choice.name):
-            asked = self.manager.load([choice.name])["tasks"][choice.name]
+            asked = _manager().load([choice.name])["tasks"][choice.name]
         asked.set_config("num_fewshot", choice.shots)
         metric = kind.metric if kind is not None else _first_metric(asked)
         long = choice.name.startswith(LONGBENCH) if kind is None else kind.long
@@ -296,6 +294,12 @@ def _spread(documents: list[Document], most: int | None) -> list[Document]:
         if most is None or seen[text] <= most:
             taken.append(document)
     return taken
+
+
+@lru_cache(maxsize=1)
+def _manager() -> TaskManager:
+    """Look through the files of all tasks of lm-evaluation-harness, which takes seconds."""
+    return TaskManager()
 
 
 def _too_long(choice: TaskChoice, long: bool) -> TooLong:

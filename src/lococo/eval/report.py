@@ -1,0 +1,86 @@
+"""One HTML file of all results in a folder, that needs nothing beside it."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from lococo.errors import DocumentError
+from lococo.eval import plots
+from lococo.eval.sections import Section, sections
+from lococo.results import ABOUT, Row
+
+
+@dataclass(frozen=True)
+class Part:
+    """The sections of one file.
+
+    Attributes:
+        file: Its name.
+        sections: Of its rows.
+        pictures: As HTML, one per section.
+        commands: That made the rows.
+        versions: Of what ran, in words.
+    """
+
+    file: str
+    sections: list[Section]
+    pictures: list[str]
+    commands: list[str]
+    versions: list[str]
+
+
+def report(sources: Sequence[Path], *, baseline: str = plots.FULL) -> str:
+    """Return the report of files of rows as HTML.
+
+    Args:
+        sources: .jsonl files, and folders of them.
+        baseline: The compressor that others are compared with, paired.
+
+    Raises:
+        DocumentError: If there is no file, or one holds something else than rows.
+    """
+    files: list[Path] = []
+    for source in sources:
+        some = [source] if source.is_file() else sorted(source.rglob("*.jsonl"))
+        if not some:
+            raise DocumentError(
+                f"no results in {source}; expected a .jsonl file of `lococo eval`, `ablate` or `bench`, or a folder "
+                "of such files"
+            )
+        files += some
+    parts = [part for file in files if (part := _part(file, baseline)).sections]
+    if not parts:
+        raise DocumentError(f"{', '.join(map(str, files))}: no rows of `lococo eval`, `ablate` or `bench`")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("lococo.eval", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("report.html.jinja").render(parts=parts, baseline=baseline)
+
+
+def _part(file: Path, baseline: str) -> Part:
+    rows = list(_rows(file))
+    made = list(sections(rows, baseline))
+    pictures = [
+        "" if section.picture is None else plots.svg(section.picture(), f"{file.name}{number}")
+        for number, section in enumerate(made)
+    ]
+    about = [row[ABOUT] for row in rows if ABOUT in row]
+    commands = list(dict.fromkeys(each["command"] for each in about))
+    versions = list(dict.fromkeys(", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in about))
+    return Part(file.name, made, pictures, commands, versions)
+
+
+def _rows(file: Path) -> list[Row]:
+    rows: list[Any] = []
+    for number, line in enumerate(file.read_text("utf-8", errors="replace").splitlines(), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise DocumentError(f"{file}, line {number}: expected a row of results in JSON; {error}") from error
+        if not isinstance(rows[-1], dict):
+            raise DocumentError(f"{file}, line {number}: expected a row of results in JSON, got {line:.80}")
+    return rows

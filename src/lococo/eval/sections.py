@@ -1,0 +1,291 @@
+"""What a report shows of each kind of results: words, a picture, tables. Made from the rows alone."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lococo.compressors import PAIRS
+from lococo.compressors.paper import PaperHeads
+from lococo.eval import ablations, metrics, plots
+from lococo.eval import perplexity as nats
+from lococo.eval.plots import FULL, how_read
+from lococo.eval.tables import task_name
+from lococo.progress import mib
+from lococo.results import Row
+
+# Compressors that nothing was trained for.
+TRAINING_FREE = frozenset(PAIRS) - {PaperHeads.kind}
+
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a table: what stands there, and what it is sorted by."""
+
+    text: str
+    value: float | str
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table."""
+
+    caption: str
+    headings: list[str]
+    lines: list[list[Cell]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a report.
+
+    Attributes:
+        title: Its heading.
+        words: What is measured.
+        picture: Draws it; None where there is nothing to draw.
+        sheets: Its tables.
+    """
+
+    title: str
+    words: str
+    picture: Callable[[], Any] | None = None
+    sheets: list[Sheet] = field(default_factory=list)
+
+
+def sections(rows: Sequence[Row], baseline: str = FULL) -> Iterator[Section]:
+    """Yield the sections of the rows of one file.
+
+    Args:
+        rows: Of `lococo eval`, `ablate` or `bench`, in any mixture.
+        baseline: The compressor that others are compared with, paired.
+    """
+    kinds: dict[str, tuple[Callable[[Row], bool], Callable[[list[Row], str], Section]]] = {
+        "perplexity": (lambda row: row.get("task") == "perplexity" and "subject" not in row, _perplexity),
+        "needle": (lambda row: row.get("task") == "needle", _needle),
+        "suite": (lambda row: "score" in row or "skipped" in row or "trained_on" in row, _suite),
+        "ablations": (lambda row: "subject" in row, _ablations),
+        "bench": (lambda row: "prefill_tokens_per_s" in row, _bench),
+    }
+    for belongs, made in kinds.values():
+        if own := [row for row in rows if belongs(row)]:
+            yield made(own, baseline)
+
+
+def _perplexity(rows: list[Row], baseline: str) -> Section:
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    full = [row for row in rows if row["compressor"] == FULL]
+    sheets = []
+    headings = ["compressor", *(f"{domain}" for domain in domains), "mean", f"minus {baseline}, paired"]
+    for num_slots in sorted({row["num_slots"] for row in rows if row["num_slots"] is not None}):
+        same = [row | {"compressor": how_read(row)} for row in rows if row["num_slots"] == num_slots]
+        lines = []
+        for name in dict.fromkeys(row["compressor"] for row in same):
+            by_domain = {row["domain"]: row for row in same if row["compressor"] == name}
+            if by_domain.keys() != set(domains):
+                continue
+            mean = sum(row["gap"] for row in by_domain.values()) / len(domains)
+            cells = [_between(by_domain[d]["gap"], by_domain[d]["gap_low"], by_domain[d]["gap_high"]) for d in domains]
+            other = [*full, *same]
+            known = {row["compressor"] for row in other}
+            paired = _between(*nats.difference(other, baseline, name)) if baseline in known else Cell("", "")
+            lines.append([*_words(name), *cells, _number(mean), paired])
+        sheets.append(Sheet(f"gap at {num_slots} slots, nats per token, with 95 % intervals", headings, lines))
+    lines = [[*_words(row["domain"]), _number(row["nll"]), _whole(row["tokens"])] for row in full]
+    sheets.append(Sheet("the full cache", ["domain", "nll, nats per token", "tokens that count"], lines))
+    row = rows[0]
+    words = (
+        f"Nats per token that are lost against the full cache on the same tokens: windows of {row['max_length']:,} "
+        f"tokens, chunks of {row['chunk_size']}, {len(row['window_nll'])} windows per domain; bootstrap over windows."
+    )
+    return Section("What is lost", words, lambda: plots.perplexity(rows), sheets)
+
+
+def _needle(rows: list[Row], baseline: str) -> Section:
+    twins = {(row["length"], row["num_slots"]): row for row in rows if row["compressor"] == baseline}
+    lines = []
+    for row in rows:
+        twin = twins.get((row["length"], row["num_slots"]))
+        paired = Cell("", "") if twin is None else _paired_needle(row, twin)
+        found = _with_ends(row, "accuracy")
+        lines.append(
+            [*_words(row["compressor"]), *_wholes(row, "num_slots", "length"), found, paired, _whole(row["trials"])]
+        )
+    headings = ["compressor", "slots", "tokens", "found", f"minus {baseline}, paired", "trials"]
+    words = "A key and a number hidden in real text at ten depths, asked for after it; 95 % intervals (Wilson)."
+    sheets = [Sheet("numbers found", headings, lines)]
+    return Section("What is found", words, lambda: plots.needle(rows), sheets)
+
+
+def _paired_needle(row: Row, twin: Row) -> Cell:
+    if len(row["correct"]) != len(twin["correct"]):
+        return Cell("", "")
+    trials = [str(number) for number in range(len(row["correct"]))]
+    scores = {"correct": row["correct"]}, {"correct": twin["correct"]}
+    return _between(*difference("correct", *scores, trials))
+
+
+def _suite(rows: list[Row], baseline: str) -> Section:
+    measured = [row for row in rows if "score" in row]
+    sheets = [_summary(measured, num_slots) for num_slots in _slots(measured)]
+    sheets.append(_behind(measured))
+    sheets.append(_all_scores(measured, baseline))
+    if skipped := [row for row in rows if "skipped" in row]:
+        lines = [_words(row["task"], row["skipped"]) for row in skipped]
+        sheets.append(Sheet("left out", ["task", "reason"], lines))
+    if searched := [row for row in rows if "trained_on" in row]:
+        lines = [[*_words(row["task"], row["trained_on"]), *_wholes(row, "shared", "questions")] for row in searched]
+        sheets.append(
+            Sheet(
+                "questions that share 13 words in a row with texts trained on", ["task", "texts", "shared", "of"], lines
+            )
+        )
+    words = (
+        "The same questions with the full cache and with every compressor; few-shot examples and documents are read "
+        "in slots. 95 % intervals by bootstrap over documents."
+    )
+    return Section("Benchmarks", words, lambda: plots.suite(measured, task_name), sheets)
+
+
+def _slots(rows: Sequence[Row]) -> list[int]:
+    return sorted({row["num_slots"] for row in rows if row["num_slots"] is not None})
+
+
+def _summary(rows: Sequence[Row], num_slots: int) -> Sheet:
+    """Lay scores out, a line per task and a column per compressor."""
+    full = {_of(row): row for row in rows if row["compressor"] == FULL}
+    same = [row for row in rows if row["num_slots"] == num_slots]
+    cells = {(_of(row), row["compressor"]): row for row in same}
+    names = [FULL, *dict.fromkeys(row["compressor"] for row in same)]
+    cells |= {(of, FULL): row for of, row in full.items()}
+    lines = []
+    for of, row in full.items():
+        scores = [_number(cells[of, name]["score"]) if (of, name) in cells else Cell("", "") for name in names]
+        about = f"{task_name(row)}, {row['metric']}"
+        lines.append([*_words(about), *scores, *_wholes(row, "questions", "truncated")])
+    complete = [of for of in full if all((of, name) in cells for name in names)]
+    if complete:
+        means = [_number(sum(cells[of, name]["score"] for of in complete) / len(complete)) for name in names]
+        lines.append([Cell(f"mean of {len(complete)} tasks", "~"), *means, Cell("", ""), Cell("", "")])
+    return Sheet(f"scores at {num_slots} slots", ["task", *names, "questions", "cut"], lines)
+
+
+def _behind(rows: Sequence[Row]) -> Sheet:
+    """List where heads score less than a method without training."""
+    lines = []
+    heads = [row for row in rows if row["compressor"] not in TRAINING_FREE | {FULL}]
+    for row in heads:
+        rivals = [
+            other
+            for other in rows
+            if _of(other) == _of(row)
+            and other["num_slots"] == row["num_slots"]
+            and other["compressor"] in TRAINING_FREE
+        ]
+        best = max(rivals, key=lambda other: float(other["score"]), default=None)
+        if best is not None and best["score"] > row["score"]:
+            apart = difference(row["metric"], row["scores"], best["scores"], row["documents"])
+            mine = [*_words(row["compressor"], task_name(row)), _whole(row["num_slots"]), _number(row["score"])]
+            lines.append([*mine, *_words(best["compressor"]), _number(best["score"]), _between(*apart)])
+    headings = ["heads", "task", "slots", "score", "best without training", "its score", "difference, paired"]
+    return Sheet(f"where heads are behind ({len(lines)} of {len(heads)})", headings, lines)
+
+
+def _all_scores(rows: Sequence[Row], baseline: str) -> Sheet:
+    twins = {(_of(row), row["num_slots"]): row for row in rows if row["compressor"] == baseline}
+    lines = []
+    for row in rows:
+        twin = twins.get((_of(row), None if baseline == FULL else row["num_slots"]))
+        paired = (
+            Cell("", "")
+            if twin is None or twin is row
+            else _between(*difference(row["metric"], row["scores"], twin["scores"], row["documents"]))
+        )
+        slots = Cell("", 0) if row["num_slots"] is None else _whole(row["num_slots"])
+        about = _words(task_name(row), row["metric"], row["compressor"])
+        tokens = _whole(row["prompt_tokens"]["mean"])
+        counts = [_whole(row["questions"]), tokens, _whole(row["truncated"])]
+        lines.append([*about, slots, _with_ends(row, "score"), paired, *counts])
+    headings = ["task", "metric", "compressor", "slots", "score", f"minus {baseline}, paired", "questions"]
+    return Sheet("every score", [*headings, "tokens per prompt", "cut"], lines)
+
+
+def _of(row: Row) -> tuple[object, ...]:
+    return row["task"], row["shots"], row["length"], row["too_long"]
+
+
+def difference(
+    metric: str,
+    scores: dict[str, list[float]],
+    others: dict[str, list[float]],
+    documents: Sequence[str],
+    *,
+    seed: int = 0,
+) -> tuple[float, float, float]:
+    """Return by how much one set of answers scores more than another, and the 95 % interval, paired by document."""
+    of: dict[str, list[int]] = {}
+    for number, document in enumerate(documents):
+        of.setdefault(document, []).append(number)
+    groups = list(of.values())
+    rng = random.Random(seed)
+    drawn = ([i for group in rng.choices(groups, k=len(groups)) for i in group] for _ in range(RESAMPLES))
+    apart = sorted(metrics.overall(metric, scores, which) - metrics.overall(metric, others, which) for which in drawn)
+    middle = metrics.overall(metric, scores) - metrics.overall(metric, others)
+    return middle, apart[int(0.025 * RESAMPLES)], apart[int(0.975 * RESAMPLES) - 1]
+
+
+def _ablations(rows: list[Row], baseline: str) -> Section:
+    made = ablations.summary(rows)
+    lines = [
+        [*_words(row["subject"], row["name"]), *_wholes(row, "num_slots", "chunk_size"), _with_ends(row, "gap")]
+        for row in made
+    ]
+    sheets = [Sheet("gap, nats per token, mean of the domains", ["subject", "value", "slots", "chunk", "gap"], lines)]
+    words = "Heads of which one part was changed at a time, trained alike and measured on the same text."
+    return Section("Ablations", words, lambda: plots.ablations(made), sheets)
+
+
+def _bench(rows: list[Row], baseline: str) -> Section:
+    lines = [
+        [
+            *_words(row["compressor"]),
+            *_wholes(row, "length", "num_slots"),
+            *(_spread(row, name) for name in ("prefill_tokens_per_s", "decode_tokens_per_s")),
+            *(Cell(mib(row[name]), row[name]) for name in ("kv_bytes", "peak_memory_bytes")),
+        ]
+        for row in rows
+    ]
+    headings = ["compressor", "tokens", "slots", "read per second", "decoded per second", "keys and values", "peak"]
+    words = "Speed and memory, each measurement in a fresh process, compressors taking turns; medians and extremes."
+    sheets = [Sheet("what it costs", headings, lines)]
+    return Section("What it costs", words, lambda: plots.bench(rows), sheets)
+
+
+def _spread(row: Row, name: str) -> Cell:
+    low, high = row["spread"][name]
+    return Cell(f"{row[name]:.1f} ({low:.1f} to {high:.1f})", row[name])
+
+
+def _between(value: float, low: float, high: float) -> Cell:
+    return Cell(f"{value:.3f} ({low:.3f} to {high:.3f})", value)
+
+
+def _with_ends(row: Row, name: str) -> Cell:
+    return _between(row[name], row["low"], row["high"])
+
+
+def _words(*texts: str) -> list[Cell]:
+    return [Cell(text, text) for text in texts]
+
+
+def _wholes(row: Row, *names: str) -> list[Cell]:
+    return [_whole(row[name]) for name in names]
+
+
+def _number(value: float) -> Cell:
+    return Cell(f"{value:.3f}", value)
+
+
+def _whole(value: int) -> Cell:
+    return Cell(f"{value:,}", value)

@@ -1,0 +1,135 @@
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from commands import refused
+
+from lococo import cli
+from lococo.errors import DocumentError
+from lococo.eval import sections
+from lococo.eval.report import report
+
+pytest.importorskip("matplotlib")
+
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class Nesting(HTMLParser):
+    """Checks that every element that is opened is closed, and gathers what is referred to."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.outside, self.cells = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href", "action") and not value.startswith("#"):
+                self.outside.append(value)
+            if name == "data-value":
+                self.cells.append(value)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def score(compressor, num_slots, scores, task="squad"):
+    return {
+        "task": task,
+        "shots": 0,
+        "compressor": compressor,
+        "num_slots": num_slots,
+        "length": None,
+        "too_long": "refuse",
+        "metric": "f1",
+        "score": sum(scores) / len(scores),
+        "low": min(scores),
+        "high": max(scores),
+        "questions": len(scores),
+        "documents": [str(i) for i in range(len(scores))],
+        "scores": {"f1": scores},
+        "truncated": 0,
+        "prompt_tokens": {"mean": 100, "max": 120},
+        "about": {"command": "lococo eval suite --config <recipe>", "versions": {"lococo": "1"}},
+    }
+
+
+SUITE = [
+    score("full", None, [1.0, 1.0, 0.0]),
+    score("h2o", 64, [1.0, 1.0, 0.0]),
+    score("lococo", 64, [0.0, 1.0, 0.0]),
+    {"task": "race", "skipped": "race: <no> such file"},
+    {"task": "squad", "trained_on": "texts", "questions": 3, "shared": 1},
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_report_is_well_formed_and_needs_nothing_beside_it(tmp_path):
+    made = report([write(tmp_path / "suite.jsonl", SUITE)])
+    parser = Nesting()
+    parser.feed(made)
+    assert parser.open == []
+    assert parser.outside == []
+    assert not re.search(r"url\(\s*['\"]?http|@import|<link|src=", made)
+    assert "race: &lt;no&gt; such file" in made
+    assert "lococo eval suite --config &lt;recipe&gt;" in made
+    assert "prefers-color-scheme: dark" in made
+    assert "currentColor" in made
+    assert 'name="viewport"' in made
+    assert made == report([tmp_path / "suite.jsonl"])
+
+
+def test_the_report_says_where_heads_are_behind(tmp_path):
+    [section] = sections.sections(SUITE)
+    [sheet] = [sheet for sheet in section.sheets if sheet.caption.startswith("where heads are behind")]
+    assert sheet.caption == "where heads are behind (1 of 1)"
+    texts = [cell.text for cell in sheet.lines[0]]
+    assert texts[:6] == ["lococo", "squad", "64", "0.333", "h2o", "0.667"]
+    assert texts[6].startswith("-0.333 (")
+
+
+def test_differences_are_paired_with_the_baseline_that_is_chosen():
+    [section] = sections.sections(SUITE, "h2o")
+    [sheet] = [sheet for sheet in section.sheets if sheet.caption == "every score"]
+    paired = [line[5].text for line in sheet.lines]
+    assert paired[1:] == ["", "-0.333 (-1.000 to 0.000)"]
+    assert sections.difference("f1", {"f1": [0.5, 1]}, {"f1": [0.25, 0.75]}, ["a", "b"]) == (0.25, 0.25, 0.25)
+
+
+def test_every_kind_of_results_of_this_project_has_its_section(request, tmp_path):
+    results = request.config.rootpath / "results"
+    made = report([results])
+    parser = Nesting()
+    parser.feed(made)
+    assert parser.open == []
+    for title in ("What is lost", "What is found", "What it costs"):
+        assert f"<h2>{title} " in made
+    # What stands in the rows stands in the tables.
+    rows = [json.loads(line) for line in (results / "perplexity-64.jsonl").read_text().splitlines()]
+    cells = {float(cell) for cell in parser.cells if re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?", cell)}
+    assert {row["gap"] for row in rows if row["compressor"] != "full"} <= cells
+
+
+def test_bad_results_are_named(tmp_path, capsys):
+    with pytest.raises(DocumentError, match="no results in"):
+        report([tmp_path])
+    with pytest.raises(DocumentError, match="line 1: expected a row of results in JSON"):
+        report([write(tmp_path / "list.jsonl", [[1]])])
+    with pytest.raises(DocumentError, match="no rows of"):
+        report([write(tmp_path / "other.jsonl", [{"a": 1}])])
+    line = refused(["report", str(tmp_path / "none.jsonl"), "-o", str(tmp_path / "out.html")], capsys)
+    assert "no results in" in line
+    assert not (tmp_path / "out.html").exists()
+    good = write(tmp_path / "suite.jsonl", SUITE)
+    assert cli.main(["report", str(good), "-o", str(tmp_path / "out.html"), "--baseline", "h2o"]) == 0

@@ -1,0 +1,198 @@
+import json
+
+import copies_of
+import pytest
+import torch
+from commands import WORDS, save_llama
+
+import lococo
+from lococo import cli
+from lococo.errors import ArgumentError, DocumentError
+from lococo.results import Results
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.evaluator import evaluate as ask
+from lm_eval.models.huggingface import HFLM
+
+from lococo.eval import suite
+from lococo.eval.tasks import AbsentError, TaskChoice, Tasks
+
+SMALL = {"num_slots": [32, 48], "chunk_size": 16}
+ALL = [
+    {"name": "hellaswag", "shots": 2},
+    {"name": "winogrande", "shots": 3},
+    {"name": "arc_easy", "shots": 2},
+    {"name": "triviaqa", "shots": 3},
+    {"name": "babi_qa1", "shots": 2},
+    "squad",
+    "hotpotqa",
+    "qasper_yesno",
+    "scrolls_contractnli",
+    {"name": "scrolls_qmsum", "length": 250},
+    {"name": "ruler_niah_single", "length": 400},
+]
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    words = WORDS + "Question: Answer: 0123456789 "
+    folder = save_llama(tmp_path_factory.mktemp("models") / "reader", words=words, window=1024)
+    model, tokenizer = lococo.load_model(folder)
+    tokenizer.eos_token = tokenizer.pad_token = "<|end|>"
+    tokenizer.save_pretrained(folder)
+    return folder, model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    copies_of.save(folder)
+    return folder
+
+
+def tasks_of(reader, data, limit=2, text=WORDS * 40):
+    return Tasks(reader[2], data=data, text=lambda: [text], limit=limit)
+
+
+def ready(reader, data, choices, **more):
+    return [tasks_of(reader, data, **more).find(TaskChoice.of(choice)) for choice in choices]
+
+
+def test_every_task_has_a_row_of_every_way_of_reading(reader, data):
+    rows = suite.evaluate(reader[1], reader[2], ready(reader, data, ALL), compressors=["h2o", "mass-merge"], **SMALL)
+    assert [row["task"] for row in rows if "skipped" in row] == []
+    assert len(rows) == len(ALL) * (1 + 2 * 2)
+    for row in rows:
+        assert row["low"] <= row["score"] <= row["high"]
+        assert row["questions"] == 2 == len(row["documents"])
+        assert all(len(scores) == 2 for scores in row["scores"].values())
+        assert row["prompt_tokens"]["max"] >= row["prompt_tokens"]["mean"] > 0
+        assert row["num_slots"] in ((None,) if row["compressor"] == "full" else (32, 48))
+    cut = {row["task"] for row in rows if row["truncated"]}
+    assert cut == {"scrolls_qmsum"}
+
+
+@pytest.mark.parametrize("name", ["hellaswag", "triviaqa", "qasper_yesno", "squad"])
+def test_the_full_cache_scores_as_the_harness_own_class(reader, data, name):
+    _, model, tokenizer = reader
+    [row] = suite.evaluate(
+        model, tokenizer, ready(reader, data, [{"name": name, "shots": 1}], limit=4), compressors=[], **SMALL
+    )
+    [task] = ready(reader, data, [{"name": name, "shots": 1}], limit=4)
+    harness = HFLM(model, tokenizer=tokenizer)
+    theirs = ask(harness, {name: task.asked}, bootstrap_iters=0, log_samples=True, limit=4)
+    samples = sorted(theirs["samples"][name], key=lambda sample: sample["doc_id"])
+    for metric, scores in row["scores"].items():
+        assert scores == [sample[metric] for sample in samples]
+
+
+def test_what_was_measured_is_not_measured_again(reader, data, tmp_path, monkeypatch):
+    file = tmp_path / "suite.jsonl"
+    choices = ["squad", {"name": "arc_easy", "shots": 1}]
+    again = {"compressors": ["h2o"], **SMALL}
+    first = suite.evaluate(reader[1], reader[2], ready(reader, data, choices), results=Results(file), **again)
+    with monkeypatch.context() as patched:
+        patched.setattr(suite, "ask", None)
+        same = suite.evaluate(reader[1], reader[2], ready(reader, data, choices), results=Results(file), **again)
+        assert same == first
+        with pytest.raises(TypeError):
+            suite.evaluate(reader[1], reader[2], ready(reader, data, choices, limit=3), results=Results(file), **again)
+
+
+def test_a_prompt_beyond_the_window_is_skipped_and_said_so(reader, data):
+    choices = [{"name": "winogrande", "shots": 5, "length": 40}, "squad"]
+    said = []
+    rows = suite.evaluate(
+        reader[1], reader[2], ready(reader, data, choices, limit=1), compressors=["h2o"], say=said.append, **SMALL
+    )
+    assert [row["task"] for row in rows] == ["winogrande", *["squad"] * 3]
+    assert "fit a window of 40" in rows[0]["skipped"]
+    assert said[0].startswith("skipped  winogrande: a prompt of ")
+
+
+def test_intervals_resample_documents_with_all_their_questions():
+    scores = {"acc": [1, 1, 1, 1, 0, 0, 0, 0]}
+    apart = suite.interval("acc", scores, list("abcdefgh"))
+    together = suite.interval("acc", scores, list("aaaabbbb"))
+    assert together == (0.0, 1.0)
+    assert 0 < apart[0] < 0.5 < apart[1] < 1
+    assert suite.interval("acc", scores, ["a"] * 8) == (0.5, 0.5)
+
+
+def test_examples_are_not_asked_and_few_questions_are_about_one_text(reader, data):
+    [task] = ready(reader, data, [{"name": "squad", "shots": 1, "per_document": 1}], limit=None)
+    asked = [document["prompt"] for document in task.asked.eval_docs]
+    assert [prompt[-20:-8] for prompt in asked] == ["Who jumps 1?", "Who jumps 2?"]
+    assert task.documents == ["1", "0"]
+    with pytest.raises(DocumentError, match="squad has 6 rows, too few for 6 examples and a question"):
+        ready(reader, data, [{"name": "squad", "shots": 6}])
+
+
+def test_what_is_not_here_is_left_out_and_what_is_unknown_refused(reader, data):
+    known, results, said = tasks_of(reader, data), Results(), []
+    choices = [TaskChoice(name) for name in ("race", "squad", "scrolls_govreport", "babi_qa7")]
+    made = suite.ready(known, choices, results, said.append)
+    assert [task.choice.name for task in made] == ["squad"]
+    assert [row["task"] for row in results.rows] == ["race", "scrolls_govreport", "babi_qa7"]
+    assert "no such file" in results.rows[0]["skipped"]
+    assert "leave --data-dir out" in results.rows[1]["skipped"]
+    with pytest.raises(ArgumentError, match="did you mean 'hellaswag'"):
+        suite.ready(known, [TaskChoice("helaswag")], results, said.append)
+
+
+@pytest.mark.parametrize("name", ["race", "scrolls_govreport", "longbench_trec"])
+def test_a_data_set_of_the_hub_is_missed_at_once_when_offline(reader, name):
+    with pytest.raises(AbsentError, match=f"^{name}: its data set could not be fetched"):
+        tasks_of(reader, None).find(TaskChoice(name))
+    with pytest.raises(AbsentError, match="the hub has no such data set"):
+        tasks_of(reader, None).find(TaskChoice("qasper_yesno"))
+
+
+@pytest.mark.parametrize(
+    ("described", "said"),
+    [
+        (3, "expected a task as a name or a mapping"),
+        ({"shots": 3}, "expected a task as a name or a mapping"),
+        ({"name": "squad", "shot": 3}, "no setting shot; expected name, shots"),
+        ({"name": "squad", "limit": 0}, "limit must be at least 1, got 0"),
+        ({"name": "squad", "too_long": "no"}, "too_long must be one of refuse, truncate, middle"),
+    ],
+)
+def test_a_recipe_is_checked(described, said):
+    with pytest.raises(ArgumentError, match=said):
+        TaskChoice.of(described)
+
+
+def test_the_command_goes_from_a_recipe_to_a_report(reader, data, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    tasks = ["squad", "race", {"name": "arc_easy", "shots": 1}]
+    recipe.write_text(json.dumps({"compressor": ["h2o"], "num_slots": [32], "chunk_size": 16, "tasks": tasks}))
+    words = ["eval", "suite", "--config", str(recipe), "--data-dir", str(data), "--output", str(tmp_path / "out")]
+    trained = tmp_path / "texts"
+    trained.mkdir()
+    (trained / "a.txt").write_text("The quick brown fox jumps over the lazy dog. " * 3)
+    assert cli.main([*words, "--model", reader[0], "--limit", "2", "--trained-on", str(trained)]) == 0
+    said = capsys.readouterr()
+    assert "skipped  race" in said.err
+    assert "warning: 2 of 2 questions of squad share 13 words in a row with texts" in said.err
+    assert "arc_easy, 1 shots, acc_norm" in said.out
+    rows = [json.loads(line) for line in (tmp_path / "out/suite.jsonl").read_text().splitlines()]
+    assert [row["task"] for row in rows if "score" in row] == ["squad"] * 2 + ["arc_easy"] * 2
+    assert cli.main(["report", str(tmp_path / "out"), "-o", str(tmp_path / "report.html")]) == 0
+    assert "where heads are behind" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--compressor", "h2"], "did you mean 'h2o'"),
+        (["--tasks", "squat"], "did you mean 'squad'"),
+        (["--data-dir", "nowhere"], "--data-dir nowhere: no such folder"),
+    ],
+)
+def test_names_are_checked_before_anything_is_measured(reader, data, tmp_path, capsys, words, said):
+    given = ["--tasks", "squad", "--compressor", "h2o", "--data-dir", str(data), "--output", str(tmp_path / "out")]
+    assert cli.main(["eval", "suite", *given, "--model", reader[0], *words]) == 2
+    assert said in capsys.readouterr().err
+    assert torch.is_grad_enabled()

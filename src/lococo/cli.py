@@ -31,6 +31,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval perplexity": measuring.eval_perplexity,
     "eval needle": measuring.eval_needle,
     "eval suite": measuring.eval_suite,
+    "eval inside": measuring.eval_inside,
     "report": measuring.report,
     "bench": measuring.bench,
 }
@@ -39,6 +40,7 @@ SHORT = {"output": "-o"}
 METAVARS = {
     "json": "FILE",
     "picture": "FILE",
+    "plot": "FILE",
     "output": "PATH",
     "data": "DIR",
     "compressor": "NAME",

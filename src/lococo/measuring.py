@@ -202,6 +202,62 @@ def eval_suite(
     Console().print(*suite_tables(results.rows))
 
 
+def eval_inside(
+    file: list[str],
+    *,
+    compressor: list[str],
+    num_slots: int = 512,
+    chunk_size: int = 256,
+    tokens: int = 8192,
+    json: str,
+    plot: str | None = None,
+    model: ModelOptions,
+) -> None:
+    """Look inside the slots while a text is read: where attention goes, what survives, how it ages.
+
+    Args:
+        file: Documents to read, one or more, one after the other.
+        compressor: Names to compare, one or more.
+        num_slots: Entries that survive a compression, mean over the layers.
+        chunk_size: Tokens per forward pass.
+        tokens: How many are read at most.
+        json: File for the results, one JSON object per compressor; replaced once all are there.
+        plot: Picture to draw of them, such as inside.svg.
+        model: Which model reads.
+    """
+    check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, tokens=tokens)
+    target = Path(json).expanduser()
+    check_output(target, force=True)
+    picture = None if plot is None else Path(plot).expanduser()
+    if picture is not None:
+        check_output(picture, force=True)
+        _check_extra("eval", "matplotlib")
+    from lococo.files import text_of
+
+    text = text_of(file)
+    from itertools import chain, islice
+
+    from lococo.documents import encode_stream
+    from lococo.eval import inside, plots
+    from lococo.progress import counting
+
+    loaded, tokenizer = _loaded(model)
+    ids = list(islice(chain.from_iterable(encode_stream(tokenizer, text.pieces)), tokens))
+    with results_file(target) as results, counting("tokens") as progress:
+        rows = inside.evaluate(
+            loaded,
+            tokenizer,
+            ids,
+            compressors=compressor,
+            num_slots=num_slots,
+            chunk_size=chunk_size,
+            results=results,
+            progress=progress,
+        )
+    if picture is not None:
+        plots.save(plots.inside(rows), picture)
+
+
 def _pieces(folder: str | None) -> "Iterable[str]":
     """Return the text of a folder, or the demo's, in pieces."""
     from lococo.corpora import texts_of

@@ -170,6 +170,17 @@ class LearnedHeads(nn.Module):
             gain = None
         return merged_by_mass(entries, kept, mass, gain=gain, max_log_mass=self.form.max_log_mass)
 
+    def corrections(self, entries: Entries, layer_idx: int) -> dict[str, Tensor]:
+        """Return what is said about a layer's entries, (b h s) each.
+
+        Returns:
+            "bonus", what the scorer adds to an entry's mass in units of the mean, before it is weakened for few slots;
+            "weight", the logarithm of what the merger multiplies its mass by; "gain", what it adds to its log_mass.
+        """
+        bonus, correction = self._said(entries, entries.future_mass.clamp(min=1e-9), str(layer_idx))
+        said = {} if bonus is None else {"bonus": bonus_of(bonus[0])}
+        return said if correction is None else said | {"weight": correction[0], "gain": correction[1]}
+
     def _said(self, entries: Entries, mass: Tensor, layer: str) -> list[Tensor | None]:
         """Return what the layer's scorer and merger say, (1 b h s) and (2 b h s), None for one that is not there."""
         both = (self.scorers, self.mergers)
@@ -191,10 +202,13 @@ class LearnedHeads(nn.Module):
 
 def raised(mass: Tensor, bonus: Tensor, num_slots: int) -> Tensor:
     """Add to the mass of entries, (b h s), what a scorer says, in units of the mean; nothing where it says 0."""
-    start = nn.functional.softplus(bonus.new_tensor(BONUS_START))
-    more = nn.functional.softplus(bonus + BONUS_START) - start
     strength = min(1.0, num_slots / FULL_SCORES_SLOTS) ** 3
-    return (mass + strength * mass.mean(-1, keepdim=True) * more).clamp(min=1e-9)
+    return (mass + strength * mass.mean(-1, keepdim=True) * bonus_of(bonus)).clamp(min=1e-9)
+
+
+def bonus_of(said: Tensor) -> Tensor:
+    """Return what a scorer's output adds, in units of the mean mass: nearly nothing below 0."""
+    return nn.functional.softplus(said + BONUS_START) - nn.functional.softplus(said.new_tensor(BONUS_START))
 
 
 def content_of(entries: Entries) -> Tensor:

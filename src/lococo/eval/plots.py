@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +124,78 @@ def bench(rows: Sequence[Row]) -> "Figure":
     return _panels(list(figures), draw)
 
 
+def inside(rows: Sequence[Row]) -> "Figure":
+    """Draw where attention goes, what slots are of, and how both change while a text is read.
+
+    Args:
+        rows: Of `inside.evaluate`.
+    """
+    panels: dict[str, Callable[[Axes], None]] = {
+        "attention on the same tokens as with the full cache": partial(_by_layer, rows, "attention", "overlap"),
+        "the full cache's attention to what is still held": partial(_by_layer, rows, "attention", "kept"),
+        "divergence of attention on what is held, nats": partial(_by_layer, rows, "attention", "kl"),
+        "mean age of slots, tokens": partial(_over_time, rows, "age"),
+        "mean log_mass of slots": partial(_over_time, rows, "log_mass"),
+        "slots from the first tokens of the text": partial(_over_time, rows, "of_the_first_chunk"),
+        "entries held per layer": partial(_over_time, rows, "entries"),
+        "nats per token": partial(_over_text, rows),
+        "kinds of tokens: share in slots / share in the text": partial(_kinds, rows),
+    }
+    if heads := [row for row in rows if "weight" in row["layers"][0]]:
+        panels["learned: logarithm of an entry's weight"] = partial(_by_layer, heads, "layers", "weight")
+        panels["learned: added to log_mass"] = partial(_by_layer, heads, "layers", "gain")
+    for row in rows:
+        panels[f"{row['compressor']}: parts of the text in the slots"] = partial(_parts, row)
+    return _panels(list(panels), lambda panel, title: panels[title](panel))
+
+
+def _by_layer(rows: Sequence[Row], table: str, figure: str, panel: "Axes") -> None:
+    """Draw the mean of the heads of each layer, with the least and the largest, or with the deviation."""
+    for row in rows:
+        values: dict[int, list[float]] = {}
+        for each in row[table]:
+            spread = each.get(f"{figure} deviation", 0.0)
+            values.setdefault(each["layer"], []).extend([each[figure] - spread, each[figure] + spread])
+        middle = [sum(some) / len(some) for some in values.values()]
+        [line] = panel.plot(list(values), middle, "o-", markersize=3, label=row["compressor"])
+        ends = [min(some) for some in values.values()], [max(some) for some in values.values()]
+        panel.fill_between(list(values), *ends, color=line.get_color(), alpha=0.15, linewidth=0)
+    panel.set_xlabel("layer")
+
+
+def _over_time(rows: Sequence[Row], figure: str, panel: "Axes") -> None:
+    for row in rows:
+        drift = row["drift"]
+        panel.plot([each["tokens"] for each in drift], [each[figure] for each in drift], label=row["compressor"])
+    panel.set_xlabel("tokens read")
+    panel.set_ylim(bottom=0)
+
+
+def _over_text(rows: Sequence[Row], panel: "Axes") -> None:
+    for row in rows:
+        panel.plot([1024 * number for number in range(len(row["nll"]))], row["nll"], label=row["compressor"])
+    panel.set_xlabel("tokens read")
+
+
+def _kinds(rows: Sequence[Row], panel: "Axes") -> None:
+    for number, row in enumerate(rows):
+        shares = {kind: each["slots"] / each["text"] for kind, each in row["kinds"].items() if each["text"]}
+        places = [place + number / (len(rows) + 1) for place in range(len(shares))]
+        panel.barh(places, list(shares.values()), height=1 / (len(rows) + 1), label=row["compressor"])
+        panel.set_yticks(range(len(shares)), list(shares))
+    panel.axvline(1, color=INK, linewidth=1, linestyle="--")
+
+
+def _parts(row: Row, panel: "Axes") -> None:
+    """Draw the share of slots from each part of what was read so far, a column per compression."""
+    columns = [each["parts"] for each in row["drift"]]
+    ends = (row["drift"][0]["tokens"], row["drift"][-1]["tokens"], 0, 1)
+    turned = [list(line) for line in zip(*columns, strict=True)]
+    panel.imshow(turned, aspect="auto", origin="lower", extent=ends, vmin=0, cmap="viridis")
+    panel.set_xlabel("tokens read")
+    panel.set_ylabel("place in the text so far")
+
+
 def how_read(row: Row) -> str:
     """Return the compressor of a row, with its budget where that is not its own."""
     budget = row.get("budget", "own")
@@ -150,8 +223,9 @@ def _panels(keys: Sequence[Any], draw: Callable[["Axes", Any], None], name: str 
     if all(labels == legends[0][1] for _, labels in legends):
         figure.legend(*legends[0], loc="outside lower center", ncols=4, fontsize="small", frameon=False)
     else:
-        for panel in panels[: len(keys)]:
-            panel.legend(fontsize="small", frameon=False)
+        for panel, (_, labels) in zip(panels, legends, strict=False):
+            if labels:
+                panel.legend(fontsize="small", frameon=False)
     return figure
 
 

@@ -65,6 +65,7 @@ def sections(rows: Sequence[Row], baseline: str = FULL) -> Iterator[Section]:
         "perplexity": (lambda row: row.get("task") == "perplexity" and "subject" not in row, _perplexity),
         "needle": (lambda row: row.get("task") == "needle", _needle),
         "suite": (lambda row: "score" in row or "skipped" in row or "trained_on" in row, _suite),
+        "inside": (lambda row: row.get("task") == "inside", _inside),
         "ablations": (lambda row: "subject" in row, _ablations),
         "bench": (lambda row: "prefill_tokens_per_s" in row, _bench),
     }
@@ -244,6 +245,35 @@ def _ablations(rows: list[Row], baseline: str) -> Section:
     sheets = [Sheet("gap, nats per token, mean of the domains", ["subject", "value", "slots", "chunk", "gap"], lines)]
     words = "Heads of which one part was changed at a time, trained alike and measured on the same text."
     return Section("Ablations", words, lambda: plots.ablations(made), sheets)
+
+
+def _inside(rows: list[Row], baseline: str) -> Section:
+    def mean(row: Row, name: str) -> float:
+        return sum(float(each[name]) for each in row["attention"]) / len(row["attention"])
+
+    lines = [
+        [
+            *_words(row["compressor"]),
+            *_wholes(row, "num_slots", "tokens"),
+            *(_number(mean(row, name)) for name in ("overlap", "kept", "kl")),
+            *(_number(row["drift"][-1][name]) for name in ("age", "log_mass")),
+        ]
+        for row in rows
+    ]
+    headings = ["compressor", "slots", "tokens", "overlap", "kept", "divergence", "mean age", "mean log_mass"]
+    sheets = [Sheet("attention with slots and without, mean of layers and heads; slots at the end", headings, lines)]
+    for row in rows:
+        kept = [
+            [*_words(repr(each["text"])), _whole(each["token"]), _number(each["share_of_heads"])]
+            for each in row["favourites"]
+        ]
+        sheets.append(Sheet(f"tokens that {row['compressor']} keeps in most heads", ["text", "place", "heads"], kept))
+    words = (
+        "The last chunk's attention over slots beside its attention over the whole text: the overlap of the two, the "
+        "share that the full cache gives to what is still held, and their divergence on that. Then what the slots are "
+        "of, and how they age."
+    )
+    return Section("Inside the slots", words, lambda: plots.inside(rows), sheets)
 
 
 def _bench(rows: list[Row], baseline: str) -> Section:

@@ -48,9 +48,9 @@ def perplexity(rows: Sequence[Row]) -> "Figure":
 
     def draw(panel: "Axes", domain: Any) -> None:
         same = [row for row in rows if row["domain"] == domain and row["compressor"] != FULL]
-        for name in dict.fromkeys(map(how_read, same)):
+        for number, name in enumerate(dict.fromkeys(map(how_read, same))):
             drawn = sorted((row for row in same if how_read(row) == name), key=lambda row: row["num_slots"])
-            places = [row["num_slots"] for row in drawn]
+            places = [row["num_slots"] * 1.03**number for row in drawn]  # intervals beside each other
             _points(panel, places, drawn, "gap", ("gap_low", "gap_high"), fmt="o-", label=name)
         panel.axhline(0, color=INK, linestyle="--", linewidth=1, label="full cache")
         _slots_axis(panel, [row["num_slots"] for row in same])
@@ -104,19 +104,19 @@ def bench(rows: Sequence[Row]) -> "Figure":
         "peak_memory_bytes": ("peak memory beside the model, MiB", 2**20),
     }
 
+    names = list(dict.fromkeys(row["compressor"] for row in rows))
+    lengths = sorted({row["length"] for row in rows})
+
     def draw(panel: "Axes", figure: Any) -> None:
         words, unit = figures[figure]
-        for name in dict.fromkeys(row["compressor"] for row in rows):
+        for name in names:
             drawn = sorted((row for row in rows if row["compressor"] == name), key=lambda row: row["length"])
-            scaled = [
-                {
-                    "at": row[figure] / unit,
-                    "low": row["spread"][figure][0] / unit,
-                    "high": row["spread"][figure][1] / unit,
-                }
-                for row in drawn
-            ]
-            _points(panel, [row["length"] for row in drawn], scaled, "at", ("low", "high"), fmt="o-", label=name)
+            ends = [[end / unit for end in row["spread"][figure]] for row in drawn]
+            scaled = [{"at": row[figure] / unit, "low": e[0], "high": e[1]} for row, e in zip(drawn, ends, strict=True)]
+            places = [lengths.index(row["length"]) + 0.05 * names.index(name) for row in drawn]
+            _points(panel, places, scaled, "at", ("low", "high"), fmt="o-", label=name)
+        panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        panel.margins(x=0.3)
         panel.set_xlabel("tokens")
         panel.set_title(words)
         panel.set_ylim(bottom=0)
@@ -208,7 +208,7 @@ def _panels(keys: Sequence[Any], draw: Callable[["Axes", Any], None], name: str 
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ArgumentError("a plot needs matplotlib; install `lococo[eval]`") from error
-    columns = min(3, len(keys))
+    columns = 2 if len(keys) in (2, 4) else min(3, len(keys))
     lines = -(-len(keys) // columns)
     figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).flatten()
@@ -284,7 +284,8 @@ def svg(figure: "Figure", salt: str) -> str:
     made = drawn.getvalue()
     made = made[made.index("<svg") :].replace(INK, "currentColor")
     made = re.sub(r"<metadata>.*?</metadata>", "", made, flags=re.DOTALL)
-    made = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", made, count=1)
+    width, _ = figure.get_size_inches()
+    made = re.sub(r'(<svg[^>]*?) width="[^"]*"', rf'\1 style="max-width: {width * 1.3:.1f}in"', made, count=1)
     made = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1 role="img"', made, count=1)
     # The names of axes and lines are the same in every picture; only what is referred to must stay.
     return re.sub(r'<g id="(?!m)[^"]*">', "<g>", made)

@@ -1,7 +1,7 @@
 """One HTML file of all results in a folder, that needs nothing beside it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +16,19 @@ from lococo.results import ABOUT, Row
 
 @dataclass(frozen=True)
 class Part:
-    """The sections of one file.
+    """A section of the report.
 
     Attributes:
-        file: Its name.
-        sections: Of its rows.
-        pictures: As HTML, one per section.
+        file: Whose rows it shows.
+        section: What it shows of them.
+        picture: As HTML.
         commands: That made the rows.
         versions: Of what ran, in words.
     """
 
     file: str
-    sections: list[Section]
-    pictures: list[str]
+    section: Section
+    picture: str
     commands: list[str]
     versions: list[str]
 
@@ -52,7 +52,7 @@ def report(sources: Sequence[Path], *, baseline: str = plots.FULL) -> str:
                 "of such files"
             )
         files += some
-    parts = [part for file in files if (part := _part(file, baseline)).sections]
+    parts = sorted((part for file in files for part in _parts(file, baseline)), key=lambda part: part.section.rank)
     if not parts:
         raise DocumentError(f"{', '.join(map(str, files))}: no rows of `lococo eval`, `ablate` or `bench`")
     environment = jinja2.Environment(
@@ -61,17 +61,14 @@ def report(sources: Sequence[Path], *, baseline: str = plots.FULL) -> str:
     return environment.get_template("report.html.jinja").render(parts=parts, baseline=baseline)
 
 
-def _part(file: Path, baseline: str) -> Part:
-    rows = list(_rows(file))
-    made = list(sections(rows, baseline))
-    pictures = [
-        "" if section.picture is None else plots.svg(section.picture(), f"{file.name}{number}")
-        for number, section in enumerate(made)
-    ]
+def _parts(file: Path, baseline: str) -> Iterator[Part]:
+    rows = _rows(file)
     about = [row[ABOUT] for row in rows if ABOUT in row]
     commands = list(dict.fromkeys(each["command"] for each in about))
     versions = list(dict.fromkeys(", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in about))
-    return Part(file.name, made, pictures, commands, versions)
+    for number, section in enumerate(sections(rows, baseline)):
+        picture = "" if section.picture is None else plots.svg(section.picture(), f"{file.name}{number}")
+        yield Part(file.name, section, picture, commands, versions)
 
 
 def _rows(file: Path) -> list[Row]:

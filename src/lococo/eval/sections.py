@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lococo.compressors import PAIRS
@@ -46,12 +46,14 @@ class Section:
         words: What is measured.
         picture: Draws it; None where there is nothing to draw.
         sheets: Its tables.
+        rank: Its place among the kinds of sections.
     """
 
     title: str
     words: str
     picture: Callable[[], Any] | None = None
     sheets: list[Sheet] = field(default_factory=list)
+    rank: int = 0
 
 
 def sections(rows: Sequence[Row], baseline: str = FULL) -> Iterator[Section]:
@@ -69,9 +71,9 @@ def sections(rows: Sequence[Row], baseline: str = FULL) -> Iterator[Section]:
         "ablations": (lambda row: "subject" in row, _ablations),
         "bench": (lambda row: "prefill_tokens_per_s" in row, _bench),
     }
-    for belongs, made in kinds.values():
+    for rank, (belongs, made) in enumerate(kinds.values()):
         if own := [row for row in rows if belongs(row)]:
-            yield made(own, baseline)
+            yield replace(made(own, baseline), rank=rank)
 
 
 def _perplexity(rows: list[Row], baseline: str) -> Section:

@@ -79,10 +79,10 @@ def merged_by_mass(
 def _anchors(entries: Entries, gone: Tensor, kept: Tensor) -> Tensor:
     """Return which of the kept entries each of those that go is most similar to, (b h gone)."""
     from_there, to_here = rows_at(entries.key_directions, gone), rows_at(entries.key_directions, kept)
-    similarity = from_there @ to_here.transpose(2, 3)
     # The same token twice has the same key in the first layer: the later one is taken, not what rounding prefers.
-    similarity += TIE_BREAK * kept[:, :, None] / len(entries)
-    return similarity.argmax(-1)
+    later = (TIE_BREAK / len(entries)) * kept[:, :, None]
+    similarity = torch.baddbmm(later.flatten(0, 1), from_there.flatten(0, 1), to_here.flatten(0, 1).transpose(1, 2))
+    return similarity.argmax(-1).view(gone.shape)
 
 
 def _summed(entries: Entries, slots: Entries, gone: Tensor, anchor: Tensor) -> Tensor:

@@ -36,6 +36,27 @@ class TestPerplexity:
             tiny,
         ]
 
+    def test_data_sets_of_the_hub_are_domains(
+        self, tiny: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        asked = []
+
+        def fetch(source: str, *, documents: int, seed: int, skip: int) -> Path:
+            asked.append((source, skip))
+            return data / "prose"
+
+        monkeypatch.setattr("lococo.train.hub.fetch", fetch)
+        words = self.words(data, tmp_path / "out.jsonl", tiny)
+        words[3:4] = ["hf:owner/name", "hf:owner/other:part"]
+        assert cli.main(words) == 0
+        # Beyond the documents that a training takes.
+        assert asked == [("hf:owner/name", 10_000), ("hf:owner/other:part", 10_000)]
+        rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
+        assert {row["domain"] for row in rows} == {"hf:owner/name", "hf:owner/other:part"}
+        capsys.readouterr()
+        words[3:5] = [str(data), "hf:owner/name"]
+        assert "expected one folder, or data sets of the hub" in refused(words, capsys)
+
     def test_one_object_per_line(
         self, tiny: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -73,7 +94,8 @@ class TestPerplexity:
         monkeypatch.setattr("lococo.eval.perplexity.evaluate", evaluate)
         assert refused(self.words(data, target, tiny), capsys, 130) == "lococo: stopped\n"
         assert target.read_text("utf-8") == "older\n"
-        assert (tmp_path / "out.jsonl.partial").read_text("utf-8") == '{"domain": "prose"}\n'
+        [row] = map(json.loads, (tmp_path / "out.jsonl.partial").read_text("utf-8").splitlines())
+        assert row.keys() == {"domain", "about"}
 
     def test_no_such_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         words = self.words(tmp_path / "none", tmp_path / "out.jsonl", "/no/model")

@@ -1,9 +1,31 @@
 import contextlib
 import json
+import sys
 
 import pytest
 
-from lococo.results import Results, results_file
+from lococo import results as module
+from lococo.results import Results, about_this_run, results_file
+
+
+@pytest.fixture(autouse=True)
+def unsigned(monkeypatch):
+    """Rows as they were made, without the command and the versions."""
+    monkeypatch.setattr(module, "about_this_run", lambda: None)
+
+
+def test_rows_say_which_command_made_them_but_not_where(monkeypatch, tmp_path):
+    words = ["eval", "needle", "--data", str(tmp_path / "texts"), "--model", "owner/name", "--json=../a.jsonl", "a b"]
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/lococo", *words])
+    about = about_this_run()
+    assert about["command"] == "lococo eval needle --data texts --model owner/name --json=a.jsonl 'a b'"
+    assert {"lococo", "torch", "transformers"} <= about["versions"].keys()
+    monkeypatch.setattr(module, "about_this_run", lambda: about)
+    with results_file(tmp_path / "rows.jsonl") as results:
+        results.add({"a": 1})
+        row = results.measured({"a": 2}, lambda: {})
+    assert lines(tmp_path / "rows.jsonl") == [{"a": 1, "about": about}, row]
+    assert row["about"] == about
 
 
 def lines(path):

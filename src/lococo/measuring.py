@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def eval_perplexity(
     *,
-    data: str,
+    data: list[str],
     compressor: list[str],
     num_slots: tuple[int, ...] = (512,),
     chunk_size: int = 256,
@@ -40,7 +40,8 @@ def eval_perplexity(
     """Measure what compression costs in nats per token, on texts of several domains.
 
     Args:
-        data: One subfolder per domain, of .txt or .jsonl files with a `text` field.
+        data: One subfolder per domain, of .txt or .jsonl files with a `text` field; or data sets of the hub such as
+            hf:owner/name or hf:owner/name:subset, of which documents beyond those for training are taken.
         compressor: Names to compare, one or more; the full cache is always measured with them.
         num_slots: Entries that survive a compression, mean over the layers; one number or more.
         chunk_size: Tokens per forward pass.
@@ -55,16 +56,20 @@ def eval_perplexity(
     check_at_least_one(num_slots=min(num_slots, default=0), chunk_size=chunk_size, max_length=max_length)
     if max_windows is not None:
         check_at_least_one(max_windows=max_windows)
-    target = _checked(data, json)
+    hub = [source for source in data if source.startswith("hf:")]
+    if len(data) > 1 and len(hub) < len(data):
+        raise ArgumentError(f"--data {' '.join(data)}: expected one folder, or data sets of the hub")
+    target = _output(json) if hub else _checked(data[0], json)
     from lococo.eval import perplexity
     from lococo.progress import counting
 
     loaded, tokenizer = _loaded(model)
+    texts = {source: _held_out(source) for source in hub} if hub else Path(data[0]).expanduser()
     with results_file(target) as results, counting("windows") as progress:
         rows = perplexity.evaluate(
             loaded,
             tokenizer,
-            data=Path(data).expanduser(),
+            data=texts,
             compressors=compressor,
             num_slots=num_slots,
             chunk_size=chunk_size,
@@ -80,6 +85,18 @@ def eval_perplexity(
     from lococo.eval.tables import tables
 
     Console().print(*tables(rows))
+
+
+# Documents of a data set of the hub that a training takes at most by default, and that an evaluation takes after them.
+TRAINING_DOCUMENTS = 10_000
+HELD_OUT_DOCUMENTS = 100
+
+
+def _held_out(source: str) -> "list[Path]":
+    """Fetch documents of a data set of the hub that a training with the default settings does not see."""
+    from lococo.train.hub import fetch
+
+    return sorted(fetch(source, documents=HELD_OUT_DOCUMENTS, seed=0, skip=TRAINING_DOCUMENTS).iterdir())
 
 
 def eval_needle(
@@ -273,7 +290,7 @@ def train(
     *,
     output: str,
     data: tuple[str, ...] = (),
-    documents: int = 10_000,
+    documents: int = TRAINING_DOCUMENTS,
     save_every: int = 20,
     logs: str | None = None,
     json: bool = False,
@@ -452,6 +469,10 @@ def _checked(data: str, json: str) -> Path:
     """Refuse a folder of texts that is not there, and a file that cannot be written; return the latter."""
     if not Path(data).expanduser().is_dir():
         raise ArgumentError(f"--data {data}: no such folder; expected one with a subfolder per domain")
+    return _output(json)
+
+
+def _output(json: str) -> Path:
     target = Path(json).expanduser()
     check_output(target, force=True)
     return target

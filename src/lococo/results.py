@@ -3,7 +3,6 @@
 import hashlib
 import importlib.metadata
 import json
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -114,9 +113,17 @@ def key_of(settings: Row) -> str:
 
 def about_this_run() -> Row:
     """Return the command that runs, with names alone of the files and folders in it, and the versions of what runs."""
-    words = [Path(word).name if os.sep in word and Path(word).exists() else word for word in sys.argv[1:]]
+    words = [_without_place(word) for word in sys.argv[1:]]
     versions = {}
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {"command": shlex.join(["lococo", *words]), "versions": versions}
+
+
+def _without_place(word: str) -> str:
+    """Return a word of a command, of a path on this machine its name alone."""
+    flag, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+    if value.startswith(("~", "..")) or Path(value).is_absolute():
+        value = Path(value).name
+    return flag + equals + value

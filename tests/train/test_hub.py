@@ -43,6 +43,13 @@ def test_a_data_set_is_fetched_once_for_the_same_seed_and_number(asked):
     assert hub.fetch("hf:owner/name:part@v1", documents=4, seed=2) != folder
 
 
+def test_documents_can_be_kept_apart_from_those_for_training(asked):
+    folder = hub.fetch("hf:owner/name", documents=2, seed=0, skip=3)
+    lines = [json.loads(line)["text"] for line in (folder / "train.jsonl").read_text().splitlines()]
+    assert [line[:10] for line in lines] == ["document 3", "document 4"]
+    assert folder != hub.fetch("hf:owner/name", documents=2, seed=0)
+
+
 def test_a_data_set_that_is_a_script_is_read_from_its_parquet_copy(asked):
     hub.fetch("hf:old/script", documents=2, seed=0)
     assert [call[4] for call in asked] == [None, "refs/convert/parquet"]

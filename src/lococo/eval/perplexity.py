@@ -1,7 +1,7 @@
 """Perplexity: what each compressor loses against the full cache, on the same tokens."""
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,7 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    data: Path,
+    data: Path | Mapping[str, Sequence[Path]],
     compressors: Sequence[str],
     num_slots: Sequence[int] = (512,),
     chunk_size: int = 256,
@@ -45,7 +45,7 @@ def evaluate(
     Args:
         model: Not attached.
         tokenizer: The model's.
-        data: One subfolder per domain, see `domains`.
+        data: One subfolder per domain, see `domains`; or the files of each domain.
         compressors: Names; "full" always runs as well.
         num_slots: Entries that survive a compression, mean over the layers; one number or more.
         chunk_size: Tokens per forward pass.
@@ -89,11 +89,11 @@ def evaluate(
                 attached[name, slots] = attached_with(name, num_slots=slots, slots_per_layer=spread)
     corpus = {
         domain: list(islice(windows_of(tokenizer, files, max_length, 2 * chunk_size + 1), max_windows))
-        for domain, files in domains(data).items()
+        for domain, files in (domains(data) if isinstance(data, Path) else data).items()
     }
     for domain, windows in corpus.items():
         if not windows:
-            raise DocumentError(f"domain {domain!r} of {data} has no document of more than {2 * chunk_size} tokens")
+            raise DocumentError(f"domain {domain!r} has no document of more than {2 * chunk_size} tokens")
     results = Results() if results is None else results
     total, done = sum(map(len, corpus.values())) * len(attached), 0
     rows: list[Row] = []

@@ -133,7 +133,7 @@ HUB_SECONDS = 5
 
 
 class AbsentError(DocumentError):
-    """A task whose data is not here; a suite goes on without it."""
+    """A task whose data is not here, or not enough of it; a suite goes on without it."""
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,8 @@ class Tasks:
 
         Raises:
             ArgumentError: If there is no task of that name.
-            AbsentError: If its data is not here.
-            DocumentError: If a file of it is malformed, or has too few rows.
+            AbsentError: If its data is not here, or too little of it.
+            DocumentError: If a file of it is malformed.
         """
         self.check(choice.name)
         kind = KINDS.get(choice.name)
@@ -253,7 +253,7 @@ class Tasks:
         examples, asked = documents[: choice.shots], _spread(documents[choice.shots :], choice.per_document)
         asked = asked[: self._most(choice)]
         if not asked:
-            raise DocumentError(
+            raise AbsentError(
                 f"{choice.name} has {len(documents)} rows, too few for {choice.shots} examples and a question"
             )
         parts = {"test": Dataset.from_list(asked)} | ({"train": Dataset.from_list(examples)} if examples else {})

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ PARQUET_COPY = "refs/convert/parquet"
 SPELLING = re.compile(r"hf:(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<subset>[\w.-]+))?(@(?P<revision>[\w./-]+))?")
 
 
-def fetch(source: str, *, documents: int, seed: int) -> Path:
+def fetch(source: str, *, documents: int, seed: int, skip: int = 0) -> Path:
     """Return the folder with a data set's documents, fetched the first time.
 
     Args:
         source: "hf:owner/name", "hf:owner/name:subset", either with "@revision" behind it.
         documents: How many are taken at most.
         seed: Of the shuffle.
+        skip: Documents of the shuffled stream before the first that is taken.
 
     Raises:
         ArgumentError: If `source` is spelt otherwise, or `datasets` is not installed.
@@ -42,12 +44,12 @@ def fetch(source: str, *, documents: int, seed: int) -> Path:
     if spelt is None:
         raise ArgumentError(f"expected a data set such as hf:owner/name or hf:owner/name:subset, got {source!r}")
     part = spelt["subset"] or "all"
-    key = hashlib.sha256(f"{source}\0{documents}\0{seed}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{source}\0{documents}\0{seed}\0{skip}".encode()).hexdigest()[:16]
 
     def fill(folder: Path, work: Path) -> None:
         stream = _stream(spelt["name"], spelt["subset"], spelt["revision"], seed, source)
         with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
-            for text in _texts(stream, documents, source):
+            for text in _texts(islice(stream, skip, None), documents, source):
                 file.write(json.dumps({"text": text}) + "\n")
 
     return cached_folder(f"{spelt['name'].replace('/', '--')}-{part}-{key}", f"fetching {source}", fill)

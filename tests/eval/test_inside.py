@@ -7,8 +7,11 @@ from families import tiny as model_of
 
 import lococo
 from lococo import cli
+from lococo.compressors.heads import save_heads
+from lococo.compressors.learned import HeadSettings, LearnedHeads
 from lococo.errors import ArgumentError
 from lococo.eval import inside, plots
+from lococo.facts import ModelFacts
 
 SMALL = {"num_slots": 32, "chunk_size": 16}
 
@@ -74,6 +77,22 @@ def test_the_losses_are_those_of_the_reader(tokenizer, ids):
     with lococo.attach(model_of(), "mass-merge", **SMALL) as slots:
         scores = lococo.reader.score(model_of(), torch.tensor([ids]), slots.new_cache())
     assert row["nll"] == pytest.approx([-scores.mean().item()], abs=1e-5)
+
+
+def test_what_learned_heads_say_is_taken_down(tokenizer, ids, tmp_path):
+    model = model_of()
+    facts = ModelFacts.of(model)
+    torch.manual_seed(0)
+    heads = LearnedHeads(HeadSettings(range(model.config.num_hidden_layers), 2, facts.head_dim))
+    for net in heads.mergers.values():
+        torch.nn.init.constant_(net.out.bias, 0.25)  # both numbers of every entry
+    save_heads(heads, tmp_path / "heads", facts)
+    [row] = inside.evaluate(model, tokenizer, ids, compressors=[str(tmp_path / "heads")], **SMALL)
+    assert row["compressor"] == "heads"
+    for layer in row["layers"]:
+        assert layer["weight"] == layer["gain"] == pytest.approx(0.25)
+        assert layer["weight deviation"] == pytest.approx(0, abs=1e-3)
+        assert layer["bonus"] == pytest.approx(0, abs=1e-6)
 
 
 def test_pictures_are_drawn_of_rows_alone(tokenizer, ids, tmp_path):

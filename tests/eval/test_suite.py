@@ -3,11 +3,12 @@ import json
 import copies_of
 import pytest
 import torch
+import yaml
 from commands import WORDS, save_llama
 
 import lococo
 from lococo import cli
-from lococo.errors import ArgumentError, DocumentError
+from lococo.errors import ArgumentError
 from lococo.results import Results
 
 pytest.importorskip("lm_eval")
@@ -16,7 +17,7 @@ from lm_eval.evaluator import evaluate as ask
 from lm_eval.models.huggingface import HFLM
 
 from lococo.eval import suite
-from lococo.eval.tasks import AbsentError, TaskChoice, Tasks
+from lococo.eval.tasks import KINDS, AbsentError, TaskChoice, Tasks
 
 SMALL = {"num_slots": [32, 48], "chunk_size": 16}
 ALL = [
@@ -125,7 +126,7 @@ def test_examples_are_not_asked_and_few_questions_are_about_one_text(reader, dat
     asked = [document["prompt"] for document in task.asked.eval_docs]
     assert [prompt[-20:-8] for prompt in asked] == ["Who jumps 1?", "Who jumps 2?"]
     assert task.documents == ["1", "0"]
-    with pytest.raises(DocumentError, match="squad has 6 rows, too few for 6 examples and a question"):
+    with pytest.raises(AbsentError, match="squad has 6 rows, too few for 6 examples and a question"):
         ready(reader, data, [{"name": "squad", "shots": 6}])
 
 
@@ -162,6 +163,20 @@ def test_a_data_set_of_the_hub_is_missed_at_once_when_offline(reader, name):
 def test_a_recipe_is_checked(described, said):
     with pytest.raises(ArgumentError, match=said):
         TaskChoice.of(described)
+
+
+def test_the_recipes_name_known_tasks(request):
+    recipes = sorted((request.config.rootpath / "recipes").glob("eval-*.yaml"))
+    assert len(recipes) == 4
+    named = set()
+    for recipe in recipes:
+        named |= {TaskChoice.of(described).name for described in yaml.safe_load(recipe.read_text())["tasks"]}
+    longbench = {name for name in named if name.startswith("longbench_")}
+    assert len(longbench) == 21
+    assert len({name for name in named if name.startswith("scrolls_")}) == 7
+    assert named - longbench <= KINDS.keys()
+    for name in longbench:
+        tasks_of((None, None, None), None).check(name)
 
 
 def test_the_command_goes_from_a_recipe_to_a_report(reader, data, tmp_path, capsys):

@@ -47,6 +47,36 @@ def test_eager_and_sdpa_agree_after_compressions(compressor):
     torch.testing.assert_close(*outputs, atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("compressor", ["mass-merge", "h2o"])
+def test_one_row_without_copies_is_what_the_model_itself_computes(compressor, monkeypatch):
+    ids, outputs, gradients = tokens(1, 150), [], []
+    fast = lococo.attention._without_copies
+    seen = []
+    for counted in (True, False):
+        model = copy.deepcopy(tiny("llama", "sdpa")).requires_grad_()
+
+        def slow(function, query, key, value, bias, *, model=model, **kwargs):
+            groups = query.shape[1] // key.shape[1]
+            if bias is not None and bias.shape[1] > 1:
+                bias = bias.repeat_interleave(groups, 1)
+            module = model.model.layers[0].self_attn
+            return function(module, query, key, value, bias, **kwargs)
+
+        def watched(*given, **kwargs):
+            seen.append(given[1].shape)
+            return fast(*given, **kwargs)
+
+        monkeypatch.setattr(lococo.attention, "_without_copies", watched if counted else slow)
+        with lococo.attach(model, compressor, num_slots=40, chunk_size=16) as slots:
+            logits = model(ids, past_key_values=slots.new_cache()).logits
+        logits.sum().backward()
+        outputs.append(logits.detach())
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad)
+    assert seen
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
+
+
 def test_the_name_tells_what_it_stands_on():
     assert register("sdpa") == PREFIX + "sdpa"
 

@@ -139,6 +139,13 @@ class SlotLayer(CacheLayerMixin):
             Causality within the chunk, padding and log_mass, (b|1 h*g|1 q s) in the dtype of `query`; None where every
             query sees every entry alike.
         """
+        bias = self.shared_bias(query)
+        if bias is None or bias.shape[1] == 1:
+            return bias
+        return bias.repeat_interleave(query.shape[1] // bias.shape[1], 1)
+
+    def shared_bias(self, query: Tensor) -> Tensor | None:
+        """Return `attention_bias` once for all query heads that share a key/value head, (b|1 h|1 q s)."""
         assert self.chunk is not None
         filled = self.filled
         width = self._width(filled)
@@ -154,9 +161,7 @@ class SlotLayer(CacheLayerMixin):
             self.chunk.biases[key] = bias
         if not self.carries_mass:
             return bias
-        groups = query.shape[1] // self.keys.shape[1]
-        log_mass = self.log_mass[:, :, :width].to(query.dtype).repeat_interleave(groups, 1)
-        return bias + log_mass[:, :, None]
+        return bias + self.log_mass[:, :, None, :width].to(query.dtype)
 
     @torch.no_grad()
     def observe(self, query: Tensor, scaling: float, softcap: float | None) -> None:

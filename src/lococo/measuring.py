@@ -41,7 +41,8 @@ def eval_perplexity(
 
     Args:
         data: One subfolder per domain, of .txt or .jsonl files with a `text` field; or data sets of the hub such as
-            hf:owner/name or hf:owner/name:subset, of which documents beyond those for training are taken.
+            hf:owner/name or hf:owner/name:subset, of which the documents are taken that follow the 10,000 of a training
+            with seed 0.
         compressor: Names to compare, one or more; the full cache is always measured with them.
         num_slots: Entries that survive a compression, mean over the layers; one number or more.
         chunk_size: Tokens per forward pass.
@@ -63,8 +64,8 @@ def eval_perplexity(
     from lococo.eval import perplexity
     from lococo.progress import counting
 
-    loaded, tokenizer = _loaded(model)
     texts = {source: _held_out(source) for source in hub} if hub else Path(data[0]).expanduser()
+    loaded, tokenizer = _loaded(model)
     with results_file(target) as results, counting("windows") as progress:
         rows = perplexity.evaluate(
             loaded,
@@ -200,22 +201,14 @@ def eval_suite(
     folder.mkdir(parents=True, exist_ok=True)
     say = partial(print, file=sys.stderr)
     loaded, tokenizer = _loaded(model)
+    ways = suite.readings(loaded, compressor, num_slots, chunk_size)
     copies = None if data_dir is None else Path(data_dir).expanduser()
     known = Tasks(tokenizer, data=copies, text=partial(_pieces, text), limit=limit)
     with results_file(folder / "suite.jsonl") as results:
         ready = suite.ready(known, choices, results, say)
         for corpus in trained_on:
             contamination.warn(ready, Path(corpus).expanduser(), results, say)
-        suite.evaluate(
-            loaded,
-            tokenizer,
-            ready,
-            compressors=compressor,
-            num_slots=num_slots,
-            chunk_size=chunk_size,
-            results=results,
-            say=say,
-        )
+        suite.evaluate(loaded, tokenizer, ready, ways, results=results, say=say)
     Console().print(*suite_tables(results.rows))
 
 

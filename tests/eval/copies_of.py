@@ -29,7 +29,7 @@ def save(folder, rows=6):
         folder / "triviaqa/validation.jsonl",
         [{"question": f"Who {i}", "answer": "fox", "aliases": ["fox", "dog"]} for i in number],
     )
-    texts = [{"doc_id": i, "text": "The quick brown fox jumps over the lazy dog. " * 4} for i in range(2)]
+    texts = [{"doc_id": i, "text": "The quick brown fox jumps over the lazy dog. " * (4 - i)} for i in range(2)]
     asked = [{"doc_id": i % 2, "question": f"Who jumps {i}?", "hypothesis": f"Dog {i} jumps."} for i in number]
     for name, answered in {
         "squad": {"answers": ["fox"]},

@@ -16,6 +16,7 @@ READERS = {
     "qmsum": copies.qmsum,
     "qasper_yesno": copies.qasper_yesno,
     "contract_nli": copies.contract_nli,
+    "race": copies.race,
 }
 
 
@@ -25,7 +26,7 @@ def data(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("name", sorted(READERS.keys() - {"race"}))
 def test_every_row_is_read_in_its_order(data, name):
     rows = READERS[name](data / name)
     assert len(rows) == 6
@@ -35,7 +36,7 @@ def test_every_row_is_read_in_its_order(data, name):
 def test_questions_follow_their_text(data):
     asked = copies.squad(data / "squad")[3]
     assert asked["prompt"].endswith("lazy dog. \n\nQuestion: Who jumps 3?\nAnswer:")
-    assert (asked["answers"], asked["document"]) == (["fox"], "1")
+    assert (asked["answers"], asked["document"]) == (["fox"], copies.squad(data / "squad")[1]["document"])
     passages = copies.hotpotqa(data / "hotpotqa")[0]["prompt"]
     assert passages.startswith("Passage 1:\nFox\nIt jumps.\nPassage 2:\nDog\n")
 
@@ -73,11 +74,18 @@ def test_stories_hold_what_was_said_before_a_question(data):
         ("arc_easy", '{"question": "?", "choices": ["a"], "gold": 1}', "line 7: expected the number of one of 1"),
         ("winogrande", '{"sentence": "", "option1": "", "option2": "", "answer": "3"}', "line 7: .* out of 1, 2"),
         ("hellaswag", '{"ctx_a":"","ctx_b":"","activity_label":"","endings":[],"label":"x"}', "line 7: "),
+        ("winogrande", '{"sentence": "x", "option1": "a", "option2": "b", "answer": "1"}', "line 7: .* with one _"),
+        ("arc_easy", '{"question": "?", "choices": ["a", ""], "gold": 0}', "line 7: .* not empty"),
+        ("triviaqa", '{"question": "?", "answer": "a", "aliases": [1]}', "line 7: .* not empty"),
+        ("squad", '{"doc_id": 0, "question": "?", "answers": []}', "line 7: .* not empty"),
+        ("race", '{"article": "?"}', "line 1: expected problems to be text, got None"),
         ("hotpotqa", '{"question": "?", "answer": "", "paragraphs": [{"title": ""}]}', "line 7: 'text'"),
     ],
 )
 def test_a_malformed_line_is_named(data, name, line, said):
-    [file] = (data / name).glob("*.jsonl")
+    (data / "race").mkdir()
+    (data / "race/test.jsonl").write_text("")
+    file = sorted((data / name).glob("*.jsonl"))[-1]
     file.write_text(file.read_text() + line + "\n")
     with pytest.raises(DocumentError, match=said) as caught:
         READERS[name](data / name)
@@ -93,6 +101,24 @@ def test_a_question_about_no_text_is_named(data):
 def test_a_line_that_is_no_story_is_named(data):
     (data / "babi/qa1_facts_test.txt").write_text("1 John went home.\nJohn went out.\n")
     with pytest.raises(DocumentError, match="line 2: expected 'N sentence'"):
+        copies.babi(data / "babi", 1)
+
+
+def test_questions_of_one_story_or_text_have_one_document(data):
+    rows = copies.babi(data / "babi", 1)
+    assert rows[0]["document"] == rows[1]["document"] != rows[2]["document"]
+    rows = copies.squad(data / "squad")
+    assert [row["document"] == rows[0]["document"] for row in rows] == [True, False] * 3
+
+
+def test_odd_characters_do_no_harm(data):
+    file = data / "triviaqa/validation.jsonl"
+    file.write_text('{"question": "Who \\ud800?", "answer": "a", "aliases": []}\n')
+    [row] = copies.triviaqa(data / "triviaqa")
+    assert row["question"].encode() == b"Who ??"
+    assert row["answer"]["aliases"] == ["a"]
+    (data / "babi/qa1_facts_test.txt").write_bytes(b"1 \xff\n")
+    with pytest.raises(DocumentError, match="is not UTF-8"):
         copies.babi(data / "babi", 1)
 
 

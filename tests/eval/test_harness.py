@@ -177,7 +177,7 @@ def test_a_prompt_beyond_the_window_is_counted_or_refused(tokenizer, caplog):
         strict.loglikelihood(requests, disable_tqdm=True)
     with pytest.raises(ArgumentError, match="one of truncate, middle, refuse"):
         SlotLM(tiny(), tokenizer=tokenizer, too_long="cut")
-    with pytest.raises(ArgumentError, match="no room in a window of 64"):
+    with pytest.raises(WindowError, match="no room in a window of 64"):
         strict.generate_until(instances("generate_until", [("w3", {"until": [], "max_gen_toks": 64})]))
 
 

@@ -103,7 +103,9 @@ def test_pictures_are_drawn_of_rows_alone(tokenizer, ids, tmp_path):
 
 
 def test_too_short_a_text_and_the_full_cache_are_refused(tokenizer, ids):
-    with pytest.raises(ArgumentError, match="hardly compressed with 32 slots; give 64 or more"):
+    with pytest.raises(
+        ArgumentError, match="text of 50 tokens is hardly compressed with 32 slots, which takes 64 or more"
+    ):
         rows_of(tokenizer, ids[:50], "h2o")
     with pytest.raises(ArgumentError, match="no slots to look inside with the full cache"):
         rows_of(tokenizer, ids, "full")

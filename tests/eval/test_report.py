@@ -48,6 +48,7 @@ def score(compressor, num_slots, scores, task="squad"):
         "num_slots": num_slots,
         "length": None,
         "too_long": "refuse",
+        "trained": compressor == "lococo",
         "metric": "f1",
         "score": sum(scores) / len(scores),
         "low": min(scores),
@@ -65,8 +66,8 @@ SUITE = [
     score("full", None, [1.0, 1.0, 0.0]),
     score("h2o", 64, [1.0, 1.0, 0.0]),
     score("lococo", 64, [0.0, 1.0, 0.0]),
-    {"task": "race", "skipped": "race: <no> such file"},
-    {"task": "squad", "trained_on": "texts", "questions": 3, "shared": 1},
+    {"task": "race", "shots": 0, "length": None, "skipped": "race: <no> such file"},
+    {"task": "squad", "shots": 0, "length": None, "trained_on": "texts", "rows": 3, "shared": 1},
 ]
 
 
@@ -121,6 +122,19 @@ def test_every_kind_of_results_of_this_project_has_its_section(request, tmp_path
     assert {row["gap"] for row in rows if row["compressor"] != "full"} <= cells
 
 
+def test_a_suite_without_any_data_still_has_a_report(tmp_path):
+    made = report([write(tmp_path / "suite.jsonl", SUITE[3:4])])
+    assert "race: &lt;no&gt; such file" in made
+    assert "<svg" not in made
+
+
+def test_pairs_without_training_are_rivals_and_not_heads():
+    pair = score("h2o+mass-merge", 64, [1.0, 1.0, 1.0])
+    [section] = sections.sections([*SUITE, pair])
+    [sheet] = [sheet for sheet in section.sheets if sheet.caption.startswith("where heads are behind")]
+    assert [cell.text for cell in sheet.lines[0]][4:6] == ["h2o+mass-merge", "1.000"]
+
+
 def test_bad_results_are_named(tmp_path, capsys):
     with pytest.raises(DocumentError, match="no results in"):
         report([tmp_path])
@@ -132,4 +146,6 @@ def test_bad_results_are_named(tmp_path, capsys):
     assert "no results in" in line
     assert not (tmp_path / "out.html").exists()
     good = write(tmp_path / "suite.jsonl", SUITE)
+    line = refused(["report", str(good), "-o", str(tmp_path / "out.html"), "--baseline", "h2"], capsys)
+    assert "no result is of 'h2'; expected one of full, h2o, lococo; did you mean 'h2o'?" in line
     assert cli.main(["report", str(good), "-o", str(tmp_path / "out.html"), "--baseline", "h2o"]) == 0

@@ -8,18 +8,20 @@ from commands import WORDS, save_llama
 
 import lococo
 from lococo import cli
+from lococo.compressors.heads import save_heads
 from lococo.errors import ArgumentError
+from lococo.facts import ModelFacts
 from lococo.results import Results
 
 pytest.importorskip("lm_eval")
 
+from datasets import Dataset, DatasetDict
 from lm_eval.evaluator import evaluate as ask
 from lm_eval.models.huggingface import HFLM
 
 from lococo.eval import suite
 from lococo.eval.tasks import KINDS, AbsentError, TaskChoice, Tasks
 
-SMALL = {"num_slots": [32, 48], "chunk_size": 16}
 ALL = [
     {"name": "hellaswag", "shots": 2},
     {"name": "winogrande", "shots": 3},
@@ -60,8 +62,13 @@ def ready(reader, data, choices, **more):
     return [tasks_of(reader, data, **more).find(TaskChoice.of(choice)) for choice in choices]
 
 
+def measured(reader, tasks, *compressors, **more):
+    ways = suite.readings(reader[1], compressors, [32, 48], 16)
+    return suite.evaluate(reader[1], reader[2], tasks, ways, **more)
+
+
 def test_every_task_has_a_row_of_every_way_of_reading(reader, data):
-    rows = suite.evaluate(reader[1], reader[2], ready(reader, data, ALL), compressors=["h2o", "mass-merge"], **SMALL)
+    rows = measured(reader, ready(reader, data, ALL), "h2o", "mass-merge")
     assert [row["task"] for row in rows if "skipped" in row] == []
     assert len(rows) == len(ALL) * (1 + 2 * 2)
     for row in rows:
@@ -77,9 +84,7 @@ def test_every_task_has_a_row_of_every_way_of_reading(reader, data):
 @pytest.mark.parametrize("name", ["hellaswag", "triviaqa", "qasper_yesno", "squad"])
 def test_the_full_cache_scores_as_the_harness_own_class(reader, data, name):
     _, model, tokenizer = reader
-    [row] = suite.evaluate(
-        model, tokenizer, ready(reader, data, [{"name": name, "shots": 1}], limit=4), compressors=[], **SMALL
-    )
+    [row] = measured(reader, ready(reader, data, [{"name": name, "shots": 1}], limit=4))
     [task] = ready(reader, data, [{"name": name, "shots": 1}], limit=4)
     harness = HFLM(model, tokenizer=tokenizer)
     theirs = ask(harness, {name: task.asked}, bootstrap_iters=0, log_samples=True, limit=4)
@@ -91,25 +96,54 @@ def test_the_full_cache_scores_as_the_harness_own_class(reader, data, name):
 def test_what_was_measured_is_not_measured_again(reader, data, tmp_path, monkeypatch):
     file = tmp_path / "suite.jsonl"
     choices = ["squad", {"name": "arc_easy", "shots": 1}]
-    again = {"compressors": ["h2o"], **SMALL}
-    first = suite.evaluate(reader[1], reader[2], ready(reader, data, choices), results=Results(file), **again)
+
+    def run(limit=2):
+        return measured(reader, ready(reader, data, choices, limit=limit), "h2o", results=Results(file))
+
+    first = run()
     with monkeypatch.context() as patched:
         patched.setattr(suite, "ask", None)
-        same = suite.evaluate(reader[1], reader[2], ready(reader, data, choices), results=Results(file), **again)
-        assert same == first
+        assert run() == first
         with pytest.raises(TypeError):
-            suite.evaluate(reader[1], reader[2], ready(reader, data, choices, limit=3), results=Results(file), **again)
+            run(limit=3)
 
 
 def test_a_prompt_beyond_the_window_is_skipped_and_said_so(reader, data):
     choices = [{"name": "winogrande", "shots": 5, "length": 40}, "squad"]
     said = []
-    rows = suite.evaluate(
-        reader[1], reader[2], ready(reader, data, choices, limit=1), compressors=["h2o"], say=said.append, **SMALL
-    )
+    rows = measured(reader, ready(reader, data, choices, limit=1), "h2o", say=said.append)
     assert [row["task"] for row in rows] == ["winogrande", *["squad"] * 3]
     assert "fit a window of 40" in rows[0]["skipped"]
     assert said[0].startswith("skipped  winogrande: a prompt of ")
+    with pytest.raises(ArgumentError, match="length 2000 leaves the full cache's window of 1024"):
+        measured(reader, ready(reader, data, [{"name": "scrolls_qmsum", "length": 2000}]))
+
+
+def test_folders_of_heads_go_by_their_names(reader, tmp_path):
+    facts = ModelFacts.of(reader[1])
+    for slots in (32, 48):
+        attached = lococo.attach(reader[1], "lococo-paper", num_slots=slots, chunk_size=16)
+        save_heads(attached.compressor.merge, tmp_path / f"lococo-paper-{slots}", facts)
+    folder = str(tmp_path / "lococo-paper-{num_slots}")
+    ways = suite.readings(reader[1], ["h2o", folder], [32, 48], 16)
+    assert [(way.label, way.num_slots, way.trained) for way in ways] == [
+        ("full", None, False),
+        ("h2o", 32, False),
+        ("lococo-paper", 32, True),
+        ("h2o", 48, False),
+        ("lococo-paper", 48, True),
+    ]
+    with pytest.raises(ArgumentError, match="rename folders"):
+        suite.readings(reader[1], ["lococo-paper", folder], [32], 16)
+
+
+def test_heads_without_training_are_the_same_every_time(reader):
+    prints = {
+        lococo.attach(reader[1], "lococo-paper", num_slots=32, chunk_size=16).fingerprint()
+        for _ in range(2)
+        if torch.rand(1) is not None
+    }
+    assert len(prints) == 1
 
 
 def test_intervals_resample_documents_with_all_their_questions():
@@ -124,8 +158,12 @@ def test_intervals_resample_documents_with_all_their_questions():
 def test_examples_are_not_asked_and_few_questions_are_about_one_text(reader, data):
     [task] = ready(reader, data, [{"name": "squad", "shots": 1, "per_document": 1}], limit=None)
     asked = [document["prompt"] for document in task.asked.eval_docs]
-    assert [prompt[-20:-8] for prompt in asked] == ["Who jumps 1?", "Who jumps 2?"]
-    assert task.documents == ["1", "0"]
+    # The example is about the first text: its other questions are not asked.
+    assert [prompt[-20:-8] for prompt in asked] == ["Who jumps 1?"]
+    [task] = ready(reader, data, [{"name": "squad", "per_document": 2}], limit=None)
+    asked = [document["prompt"] for document in task.asked.eval_docs]
+    assert [prompt[-20:-8] for prompt in asked] == [f"Who jumps {i}?" for i in range(4)]
+    assert [task.documents.index(name) for name in task.documents] == [0, 1, 0, 1]
     with pytest.raises(AbsentError, match="squad has 6 rows, too few for 6 examples and a question"):
         ready(reader, data, [{"name": "squad", "shots": 6}])
 
@@ -136,15 +174,33 @@ def test_what_is_not_here_is_left_out_and_what_is_unknown_refused(reader, data):
     made = suite.ready(known, choices, results, said.append)
     assert [task.choice.name for task in made] == ["squad"]
     assert [row["task"] for row in results.rows] == ["race", "scrolls_govreport", "babi_qa7"]
-    assert "no such file" in results.rows[0]["skipped"]
+    assert results.rows[0]["skipped"] == f"race: no such file in {data.name}: race/*.jsonl"
     assert "leave --data-dir out" in results.rows[1]["skipped"]
     with pytest.raises(ArgumentError, match="did you mean 'hellaswag'"):
         suite.ready(known, [TaskChoice("helaswag")], results, said.append)
 
 
+def test_a_task_of_the_hub_shows_and_asks_the_first_rows(reader, monkeypatch):
+    def rows(*numbers):
+        choices = {"text": ["red", "blue"], "label": ["A", "B"]}
+        return Dataset.from_list(
+            [{"id": str(n), "question": f"Which {n}?", "choices": choices, "answerKey": "AB"[n % 2]} for n in numbers]
+        )
+
+    parts = DatasetDict({"train": rows(10, 11, 12), "test": rows(0, 1, 2, 3)})
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: parts)
+    task = tasks_of(reader, None).find(TaskChoice("arc_easy", shots=2))
+    task.asked.build_all_requests(limit=None, rank=0, world_size=1)
+    shown = "Question: Which 10?\nAnswer: red\n\nQuestion: Which 11?\nAnswer: blue\n\nQuestion: Which "
+    prompts = [each.args[0] for each in task.asked.instances]
+    assert prompts == [f"{shown}{n}?\nAnswer:" for n in (0, 0, 1, 1)]
+    assert [row["question"] for row in task.rows] == ["Which 10?", "Which 11?", "Which 0?", "Which 1?"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of packages that only LongBench's metrics need
 @pytest.mark.parametrize("name", ["race", "scrolls_govreport", "longbench_trec"])
 def test_a_data_set_of_the_hub_is_missed_at_once_when_offline(reader, name):
-    with pytest.raises(AbsentError, match=f"^{name}: its data set could not be fetched"):
+    with pytest.raises(AbsentError, match=f"^{name}: its data set cannot be fetched"):
         tasks_of(reader, None).find(TaskChoice(name))
     with pytest.raises(AbsentError, match="the hub has no such data set"):
         tasks_of(reader, None).find(TaskChoice("qasper_yesno"))
@@ -190,10 +246,10 @@ def test_the_command_goes_from_a_recipe_to_a_report(reader, data, tmp_path, caps
     assert cli.main([*words, "--model", reader[0], "--limit", "2", "--trained-on", str(trained)]) == 0
     said = capsys.readouterr()
     assert "skipped  race" in said.err
-    assert "warning: 2 of 2 questions of squad share 13 words in a row with texts" in said.err
+    assert "warning: 2 of 2 rows of squad share 13 words in a row with texts" in said.err
     assert "arc_easy, 1 shots, acc_norm" in said.out
     rows = [json.loads(line) for line in (tmp_path / "out/suite.jsonl").read_text().splitlines()]
-    assert [row["task"] for row in rows if "score" in row] == ["squad"] * 2 + ["arc_easy"] * 2
+    assert [row["task"] for row in rows if "scores" in row] == ["squad"] * 2 + ["arc_easy"] * 2
     assert cli.main(["report", str(tmp_path / "out"), "-o", str(tmp_path / "report.html")]) == 0
     assert "where heads are behind" in (tmp_path / "report.html").read_text()
 

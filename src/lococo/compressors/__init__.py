@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from lococo.compressors import selections
@@ -46,7 +47,7 @@ SELECTIONS: dict[str, Selection] = {
 MERGES: dict[str, Callable[[Shape], Merge]] = {
     "drop": lambda shape: Drop(),
     "mass-merge": lambda shape: MassMerge(),
-    "lococo-paper": lambda shape: PaperHeads(shape.slots_per_layer, shape.head_dim),
+    "lococo-paper": lambda shape: _untrained(shape),
 }
 
 # Names of their own for the pairs that are used most; any other pair is written "selection+merge".
@@ -124,12 +125,24 @@ def _saved(folder: Path, name: str, shape: Shape) -> Compressor:
     return of_heads(heads, name, selection)
 
 
+def _untrained(shape: Shape) -> PaperHeads:
+    """Make the paper's heads as they start, the same ones every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return PaperHeads(shape.slots_per_layer, shape.head_dim)
+
+
 def of_heads(heads: Heads, name: str, selection: str = PAIRS[PaperHeads.kind][0]) -> Compressor:
     """Return heads as a compressor; a selection decides what stays for those that only merge."""
     if isinstance(heads, LearnedHeads):
         heads.name = name
         return heads
     return SelectMerge(name, SELECTIONS[selection], heads)
+
+
+def is_trained(name: str) -> bool:
+    """Tell whether a name stands for heads that were trained, those that come with lococo or a folder of others."""
+    return name in (LearnedHeads.kind, FROZEN) or (name not in PAIRS and Path(name).is_dir())
 
 
 def modules(compressor: Compressor) -> list[nn.Module]:

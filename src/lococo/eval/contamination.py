@@ -39,19 +39,31 @@ def _runs(text: str) -> Iterator[str]:
 
 
 def warn(tasks: Iterable[Task], folder: Path, results: Results, say: Callable[[str], None]) -> None:
-    """Search a folder of texts for the questions of tasks, and note how many of each are found."""
-    by_task = {
-        task.choice.name: {str(n): str(task.asked.doc_to_text(doc)) for n, doc in enumerate(task.asked.eval_docs)}
-        for task in tasks
+    """Search a folder of texts for the questions of tasks and their examples, and note how many of each are found."""
+    tasks = list(tasks)
+    texts = {
+        f"{place} {number}": " \n ".join(_strings(row))
+        for place, task in enumerate(tasks)
+        for number, row in enumerate(task.rows)
     }
-    texts = {f"{task} {number}": text for task, asked in by_task.items() for number, text in asked.items()}
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".txt", ".jsonl"))
     hits = shared(texts, ("".join(pieces) for file in files for pieces in texts_of(file)))
-    for task, asked in by_task.items():
-        found = [hits[name] for number in asked if (name := f"{task} {number}") in hits]
-        results.add({"task": task, "trained_on": folder.name, "questions": len(asked), "shared": len(found)})
+    for place, task in enumerate(tasks):
+        found = [hits[name] for number in range(len(task.rows)) if (name := f"{place} {number}") in hits]
+        about = {"task": task.choice.name, "shots": task.choice.shots, "length": task.choice.length}
+        searched = folder.resolve().name
+        results.add({**about, "trained_on": searched, "rows": len(task.rows), "shared": len(found)})
         if found:
             say(
-                f"warning: {len(found)} of {len(asked)} questions of {task} share {RUN_OF_WORDS} words in a row with "
-                f"{folder.name}, such as {found[0]!r}"
+                f"warning: {len(found)} of {len(task.rows)} rows of {task.choice.name} share {RUN_OF_WORDS} words in a "
+                f"row with {searched}, such as {found[0]!r}"
             )
+
+
+def _strings(value: object) -> Iterator[str]:
+    """Yield all texts within a row."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(each)

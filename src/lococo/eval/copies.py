@@ -4,6 +4,7 @@ A document of lm-evaluation-harness is a dict. Tasks of its own get the fields t
 `question_of`. Every reader takes a folder, checks every line, and keeps the order of the file.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ def question_of(
     Args:
         prompt: All that is read before the answer.
         answers: Right ones.
-        document: Names the text that the question is about; questions about one text are not independent.
+        document: The text that the question is about, or its name; questions about one text are not independent.
         choices: Answers to choose from; none: the model writes.
         gold: Which of them is right.
     """
@@ -34,8 +35,13 @@ def question_of(
         "answers": list(answers),
         "choices": list(choices),
         "gold": gold,
-        "document": str(document),
+        "document": name_of(document),
     }
+
+
+def name_of(text: object) -> str:
+    """Return a short name for a text."""
+    return hashlib.sha256(str(text).encode("utf-8", "replace")).hexdigest()[:12]
 
 
 def hellaswag(folder: Path) -> list[Document]:
@@ -43,7 +49,7 @@ def hellaswag(folder: Path) -> list[Document]:
     fields = {"ctx_a": str, "ctx_b": str, "activity_label": str, "endings": list, "label": (int, str)}
 
     def convert(row: Document) -> Document:
-        _in_range(int(row["label"]), row["endings"])
+        _in_range(int(row["label"]), _texts(row["endings"]))
         return {name: row[name] for name in fields} | {"label": str(row["label"])}
 
     return _read(folder, fields, convert)
@@ -55,6 +61,9 @@ def winogrande(folder: Path) -> list[Document]:
 
     def convert(row: Document) -> Document:
         _place(row["answer"], ["1", "2"])
+        _texts([row["option1"], row["option2"]])
+        if row["sentence"].count("_") != 1:
+            raise ValueError(f"expected a sentence with one _, got {row['sentence']!r}")
         return {name: row[name] for name in fields}
 
     return _read(folder, fields, convert)
@@ -64,7 +73,7 @@ def arc(folder: Path) -> list[Document]:
     """Read ARC."""
 
     def convert(row: Document) -> Document:
-        labels = [chr(ord("A") + i) for i in range(len(row["choices"]))]
+        labels = [chr(ord("A") + i) for i in range(len(_texts(row["choices"])))]
         answer = labels[_in_range(row["gold"], labels)]
         return {
             "question": row["question"],
@@ -79,21 +88,32 @@ def triviaqa(folder: Path) -> list[Document]:
     """Read TriviaQA without evidence."""
 
     def convert(row: Document) -> Document:
-        return {"question": row["question"], "answer": {"value": row["answer"], "aliases": row["aliases"]}}
+        aliases = list(dict.fromkeys(_texts([row["answer"], *row["aliases"]])))
+        return {"question": row["question"], "answer": {"value": row["answer"], "aliases": aliases}}
 
     return _read(folder, {"question": str, "answer": str, "aliases": list}, convert)
 
 
-def as_on_the_hub(folder: Path) -> list[Document]:
-    """Read a copy that has the fields of the hub's data set."""
-    return _read(folder, {}, dict)
+def race(folder: Path) -> list[Document]:
+    """Read RACE with the fields of the hub's copy: an article, and its problems as text."""
+    return _read(folder, {"article": str, "problems": str}, dict)
+
+
+def logiqa2(folder: Path) -> list[Document]:
+    """Read LogiQA 2.0 with the fields of the hub's copy."""
+
+    def convert(row: Document) -> Document:
+        _in_range(row["answer"], _texts(row["options"]))
+        return row
+
+    return _read(folder, {"text": str, "question": str, "options": list, "answer": int}, convert)
 
 
 def squad(folder: Path) -> list[Document]:
     """Read SQuAD, or NarrativeQA's questions about summaries."""
 
     def convert(text: str, row: Document) -> Document:
-        return _asked(text, row["question"], row["answers"], row["doc_id"])
+        return _asked(text, row["question"], row["answers"])
 
     return _read_questions(folder, {"question": str, "answers": list}, convert)
 
@@ -103,7 +123,7 @@ def hotpotqa(folder: Path) -> list[Document]:
 
     def convert(row: Document) -> Document:
         passages = (f"Passage {i}:\n{p['title']}\n{p['text']}\n" for i, p in enumerate(row["paragraphs"], 1))
-        return _asked("".join(passages), row["question"], [row["answer"]], row["question"])
+        return _asked("".join(passages), row["question"], [row["answer"]])
 
     return _read(folder, {"question": str, "answer": str, "paragraphs": list}, convert)
 
@@ -112,7 +132,7 @@ def qmsum(folder: Path) -> list[Document]:
     """Read QMSum."""
 
     def convert(text: str, row: Document) -> Document:
-        return _asked(text, row["question"], [row["answer"]], row["doc_id"])
+        return _asked(text, row["question"], [row["answer"]])
 
     return _read_questions(folder, {"question": str, "answer": str}, convert)
 
@@ -121,7 +141,7 @@ def qasper_yesno(folder: Path) -> list[Document]:
     """Read Qasper's questions that are answered with yes or no."""
 
     def convert(text: str, row: Document) -> Document:
-        return _asked(text, row["question"], [row["answer"]], row["doc_id"], ["Yes", "No"])
+        return _asked(text, row["question"], [row["answer"]], ["Yes", "No"])
 
     return _read_questions(folder, {"question": str, "answer": str}, convert)
 
@@ -131,16 +151,16 @@ def contract_nli(folder: Path) -> list[Document]:
 
     def convert(text: str, row: Document) -> Document:
         answer = "Not mentioned" if row["answer"] == "NotMentioned" else row["answer"]
-        return of_contract(text, row["hypothesis"], answer, row["doc_id"])
+        return of_contract(text, row["hypothesis"], answer)
 
     return _read_questions(folder, {"hypothesis": str, "answer": str}, convert)
 
 
-def of_contract(text: str, hypothesis: str, answer: str, document: object) -> Document:
+def of_contract(text: str, hypothesis: str, answer: str) -> Document:
     """Return the question whether a contract entails a hypothesis."""
     choices = ["Not mentioned", "Entailment", "Contradiction"]
     prompt = f"{text}\n\nHypothesis: {hypothesis}\nConclusion:"
-    return question_of(prompt, [answer], document=document, choices=choices, gold=_place(answer, choices))
+    return question_of(prompt, [answer], document=text, choices=choices, gold=_place(answer, choices))
 
 
 def babi(folder: Path, number: int) -> list[Document]:
@@ -148,40 +168,56 @@ def babi(folder: Path, number: int) -> list[Document]:
     files = sorted(folder.glob(f"qa{number}_*.txt"))
     if not files:
         raise FileNotFoundError(folder / f"qa{number}_*.txt")
-    asked = [(story, *question) for file in files for story, question in _stories(file)]
-    answers = sorted({answer for _, _, answer in asked})
+    asked = [(file.name, *each) for file in files for each in _stories(file)]
+    answers = sorted({each[-1] for each in asked})
     made: list[Document] = []
-    for story, question, answer in asked:
-        prompt = "\n".join([*story, f"Question: {question}", "Answer:"])
+    for name, story, said, question, answer in asked:
+        prompt = "\n".join([*said, f"Question: {question}", "Answer:"])
         place = answers.index(answer)
-        made.append(question_of(prompt, [answer], document=len(made), choices=answers, gold=place))
+        made.append(question_of(prompt, [answer], document=(name, story), choices=answers, gold=place))
     return made
 
 
-def _stories(file: Path) -> Iterator[tuple[list[str], tuple[str, str]]]:
-    """Yield, per question, the sentences before it, and the question with its answer."""
-    story: list[str] = []
-    for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
+def _stories(file: Path) -> Iterator[tuple[int, list[str], str, str]]:
+    """Yield, per question, the number of its story, the sentences before it, the question and its answer."""
+    story = 0
+    said: list[str] = []
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DocumentError(f"{file} is not UTF-8 (byte {error.start}); convert it with iconv") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         parsed = re.fullmatch(r"(\d+) ([^\t]*)(?:\t([^\t]+)\t[\d ]*)?", line)
         if parsed is None:
             raise DocumentError(
                 f"{file}, line {number}: expected 'N sentence' or 'N question<tab>answer<tab>lines', got {line!r}"
             )
         if parsed[1] == "1":
-            story = []
+            story, said = story + 1, []
         if parsed[3] is None:
-            story.append(parsed[2])
+            said.append(parsed[2])
         else:
-            yield list(story), (parsed[2].strip(), parsed[3])
+            yield story, list(said), parsed[2].strip(), parsed[3]
 
 
-def _asked(text: str, question: str, answers: Sequence[str], document: object, choices: Sequence[str] = ()) -> Document:
+def _asked(text: str, question: str, answers: Sequence[str], choices: Sequence[str] = ()) -> Document:
+    gold = _place(_texts(answers)[0], choices) if choices else 0
+    return asked(text, question, _texts(answers), choices, gold)
+
+
+def asked(text: str, question: str, answers: Sequence[str], choices: Sequence[str] = (), gold: int = 0) -> Document:
     """Return a question that follows its text, as lm-evaluation-harness asks SCROLLS' questions."""
-    if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"expected answers in text, got {answers!r}")
-    gold = _place(answers[0], choices) if choices else 0
     prompt = f"{text}\n\nQuestion: {question}\nAnswer:"
-    return question_of(prompt, answers, document=document, choices=choices, gold=gold)
+    return question_of(prompt, answers, document=text, choices=choices, gold=gold)
+
+
+def _texts(values: Sequence[object]) -> list[str]:
+    """Refuse choices or answers that are none."""
+    if not values or not all(isinstance(value, str) and value.strip() for value in values):
+        raise ValueError(f"expected one or more texts that are not empty, got {values!r:.80}")
+    return [str(value) for value in values]
 
 
 def _place(answer: str, choices: Sequence[str]) -> int:
@@ -244,7 +280,7 @@ def _converted(file: Path, fields: Mapping[str, Any], convert: Callable[[Documen
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = _clean(json.loads(line))
             except ValueError as error:
                 raise DocumentError(f"{file}, line {number}: expected a JSON object with {wanted}; {error}") from error
             if not isinstance(row, dict):
@@ -258,6 +294,15 @@ def _converted(file: Path, fields: Mapping[str, Any], convert: Callable[[Documen
                 yield convert(row)
             except (ValueError, KeyError, TypeError) as error:
                 raise DocumentError(f"{file}, line {number}: {error}") from error
+
+
+def _clean(value: Any) -> Any:
+    """Replace halves of surrogate pairs, which JSON can spell and no tokenizer takes."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, list):
+        return [_clean(each) for each in value]
+    return {key: _clean(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def _said(kind: Any) -> str:

@@ -128,6 +128,8 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
         super().__init__(pretrained=pretrained, tokenizer=tokenizer, **options)
         self.too_long = too_long
         self.truncated = self._said_truncated = 0
+        # Tokens of every prompt, by its text: all there are, and those that are read.
+        self.prompts: dict[str, tuple[int, int]] = {}
         if attachment is None:
             spread = slots_for(
                 self.model, self.tokenizer, budget, compressor=compressor, num_slots=num_slots, chunk_size=chunk_size
@@ -158,11 +160,12 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
         wanted, counts = [], []
         # Cut so that every answer to a question follows the same text.
         room = self.max_length + 1 - max((len(continuation) for _, _, continuation in requests), default=0)
-        for _, context, continuation in requests:
+        for texts, context, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
-                raise ArgumentError(
+                raise (WindowError if continuation else ArgumentError)(
                     f"expected an answer of 1 to {self.max_length} tokens to score, got {len(continuation)}"
                 )
+            came = len(context)
             # A context of nothing but spaces has moved to the continuation.
             context = context or [self.prefix_token_id]
             if self.too_long == "middle":
@@ -170,6 +173,8 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
             ids = self._fitting(context + continuation, self.max_length + 1)
             wanted.append(Wanted(ids[:-1], len(ids) - len(continuation) - 1))
             counts.append(len(continuation))
+            if texts is not None:
+                self.prompts[texts[0]] = (came, min(came, len(ids) - len(continuation)))
         self._say_truncated()
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         done = 0
@@ -220,12 +225,15 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
         until = handle_stop_sequences(how.pop("until", None), eos=eos)
         room = self.max_length - how["max_gen_toks"]
         if room < 1:
-            raise ArgumentError(
+            raise WindowError(
                 f"answers of {how['max_gen_toks']} tokens leave no room in a window of {self.max_length}; "
                 "lower max_gen_toks"
             )
         encoded = [self.tok_encode(request.args[0]) or [self.prefix_token_id] for request in requests]
-        return [self._fitting(ids, room) for ids in encoded], until, how
+        fitting = [self._fitting(ids, room) for ids in encoded]
+        for request, ids, kept in zip(requests, encoded, fitting, strict=True):
+            self.prompts[request.args[0]] = (len(ids), len(kept))
+        return fitting, until, how
 
     def _fitting(self, ids: list[int], length: int) -> list[int]:
         """Return `length` tokens, if there may be more."""

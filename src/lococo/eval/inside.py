@@ -135,10 +135,11 @@ def evaluate(
     results = Results() if results is None else results
     rows = []
     names = list(dict.fromkeys(compressors))
-    for number, name in enumerate(names):
-        attachment = attach(model, name, num_slots=num_slots, chunk_size=chunk_size)
-        if attachment.compressor is None:
-            raise ArgumentError("there are no slots to look inside with the full cache; name another compressor")
+    attached = [attach(model, name, num_slots=num_slots, chunk_size=chunk_size) for name in names]
+    if any(attachment.compressor is None for attachment in attached):
+        raise ArgumentError("there are no slots to look inside with the full cache; name other compressors")
+    for number, attachment in enumerate(attached):
+        assert attachment.compressor is not None
         settings = {
             "task": "inside",
             "compressor": attachment.compressor.name.rpartition("/")[2],
@@ -165,8 +166,10 @@ def _measured(
     # Buffers are full here, so that the last chunk is whole and all that is held is seen by it.
     compared = least + (fits - least) // chunk * chunk
     if compared < least + 2 * chunk:
+        limit = "window" if fits < len(ids) else "text"
         raise ArgumentError(
-            f"a text of {len(ids)} tokens is hardly compressed with {least} slots; give {least + 2 * chunk} or more"
+            f"a {limit} of {fits} tokens is hardly compressed with {least} slots, which takes {least + 2 * chunk} or "
+            "more; give a longer one, or fewer slots"
         )
     cache = attachment.new_cache()
     assert isinstance(cache, SlotCache)

@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+# Raised with every change of what a score means, so that what was measured with it is measured again.
+REVISION = 1
+
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
 # Not the mean of a score per answer, but made of the means of several.

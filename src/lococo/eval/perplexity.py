@@ -103,7 +103,7 @@ def evaluate(
             settings = {
                 "task": "perplexity",
                 "domain": domain,
-                "compressor": name,
+                "compressor": Path(name).name,  # of a folder of heads
                 "num_slots": slots or None,
                 "chunk_size": chunk_size,
                 "max_length": max_length,

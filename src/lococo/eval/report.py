@@ -1,5 +1,6 @@
 """One HTML file of all results in a folder, that needs nothing beside it."""
 
+import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any
 
 import jinja2
 
-from lococo.errors import DocumentError
+from lococo.errors import ArgumentError, DocumentError
 from lococo.eval import plots
 from lococo.eval.sections import Section, sections
 from lococo.results import ABOUT, Row
@@ -19,7 +20,7 @@ class Part:
     """A section of the report.
 
     Attributes:
-        file: Whose rows it shows.
+        file: Whose rows it shows, below the folder that was named.
         section: What it shows of them.
         picture: As HTML.
         commands: That made the rows.
@@ -41,18 +42,32 @@ def report(sources: Sequence[Path], *, baseline: str = plots.FULL) -> str:
         baseline: The compressor that others are compared with, paired.
 
     Raises:
+        ArgumentError: If no row is of the baseline.
         DocumentError: If there is no file, or one holds something else than rows.
     """
-    files: list[Path] = []
+    files: dict[Path, str] = {}
     for source in sources:
-        some = [source] if source.is_file() else sorted(source.rglob("*.jsonl"))
+        some = (
+            {source: source.name}
+            if source.is_file()
+            else {file: str(file.relative_to(source)) for file in sorted(source.rglob("*.jsonl"))}
+        )
         if not some:
             raise DocumentError(
                 f"no results in {source}; expected a .jsonl file of `lococo eval`, `ablate` or `bench`, or a folder "
                 "of such files"
             )
-        files += some
-    parts = sorted((part for file in files for part in _parts(file, baseline)), key=lambda part: part.section.rank)
+        files |= some
+    rows = {file: _rows(file) for file in files}
+    named = {str(row["compressor"]) for some in rows.values() for row in some if "compressor" in row} | {plots.FULL}
+    if baseline not in named:
+        nearest = difflib.get_close_matches(baseline, named, 1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ArgumentError(f"no result is of {baseline!r}; expected one of {', '.join(sorted(named))}{hint}")
+    parts = sorted(
+        (part for file, name in files.items() for part in _parts(rows[file], name, baseline)),
+        key=lambda part: part.section.rank,
+    )
     if not parts:
         raise DocumentError(f"{', '.join(map(str, files))}: no rows of `lococo eval`, `ablate` or `bench`")
     environment = jinja2.Environment(
@@ -61,14 +76,13 @@ def report(sources: Sequence[Path], *, baseline: str = plots.FULL) -> str:
     return environment.get_template("report.html.jinja").render(parts=parts, baseline=baseline)
 
 
-def _parts(file: Path, baseline: str) -> Iterator[Part]:
-    rows = _rows(file)
+def _parts(rows: list[Row], name: str, baseline: str) -> Iterator[Part]:
     about = [row[ABOUT] for row in rows if ABOUT in row]
     commands = list(dict.fromkeys(each["command"] for each in about))
     versions = list(dict.fromkeys(", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in about))
     for number, section in enumerate(sections(rows, baseline)):
-        picture = "" if section.picture is None else plots.svg(section.picture(), f"{file.name}{number}")
-        yield Part(file.name, section, picture, commands, versions)
+        picture = "" if section.picture is None else plots.svg(section.picture(), f"{name}{number}")
+        yield Part(name, section, picture, commands, versions)
 
 
 def _rows(file: Path) -> list[Row]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lococo.errors import DocumentError
-from lococo.eval.copies import Document, of_contract, question_of
+from lococo.eval.copies import Document, asked, of_contract, question_of
 
 REPOSITORY = "tau/scrolls"
 PART = "validation"
@@ -47,7 +47,7 @@ def contract_nli() -> list[Document]:
     made = []
     for row in _rows("contract_nli"):
         hypothesis, text = _split(row)
-        made.append(of_contract(text, hypothesis, row["outputs"][0], row["pid"]))
+        made.append(of_contract(text, hypothesis, row["outputs"][0]))
     return made
 
 
@@ -60,19 +60,18 @@ def quality() -> list[Document]:
         listed = rest[: rest.index("(D)")] + listed
         choices = [" ".join(choice.split()) for choice in re.split(r"\([A-D]\)", listed)[1:]]
         answer = " ".join(row["outputs"][0].split())
-        prompt = f"{text.strip()}\n\nQuestion: {question}\nAnswer:"
-        made.append(question_of(prompt, [answer], document=row["pid"], choices=choices, gold=choices.index(answer)))
+        made.append(asked(text.strip(), question, [answer], choices, choices.index(answer)))
     return made
 
 
 def _asked(row: Document) -> Document:
     question, text = _split(row)
-    return question_of(f"{text}\n\nQuestion: {question}\nAnswer:", row["outputs"], document=row["pid"])
+    return asked(text, question, row["outputs"])
 
 
 def _summed_up(row: Document) -> Document:
     prompt = f"{row['input']}\n\nQuestion: What is a summary of the preceding text?\nAnswer:"
-    return question_of(prompt, row["outputs"], document=row["pid"])
+    return question_of(prompt, row["outputs"], document=row["input"])
 
 
 def _split(row: Document) -> tuple[str, str]:
@@ -88,7 +87,7 @@ def _rows(name: str) -> list[Document]:
     file = Path(hf_hub_download(REPOSITORY, f"{name}.zip", repo_type="dataset"))
     found: dict[str, Document] = {}
     for row in _lines(file, f"{name}/{PART}.jsonl"):
-        same = found.setdefault(row["id"], {**row, "outputs": [], "pid": row.get("pid", row["id"])})
+        same = found.setdefault(row["id"], {**row, "outputs": []})
         same["outputs"].append(row["output"])
     return list(found.values())
 

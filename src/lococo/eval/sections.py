@@ -5,17 +5,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lococo.compressors import PAIRS
-from lococo.compressors.paper import PaperHeads
 from lococo.eval import ablations, metrics, plots
 from lococo.eval import perplexity as nats
 from lococo.eval.plots import FULL, how_read
 from lococo.eval.tables import task_name
 from lococo.progress import mib
 from lococo.results import Row
-
-# Compressors that nothing was trained for.
-TRAINING_FREE = frozenset(PAIRS) - {PaperHeads.kind}
 
 RESAMPLES = 2000
 
@@ -66,7 +61,10 @@ def sections(rows: Sequence[Row], baseline: str = FULL) -> Iterator[Section]:
     kinds: dict[str, tuple[Callable[[Row], bool], Callable[[list[Row], str], Section]]] = {
         "perplexity": (lambda row: row.get("task") == "perplexity" and "subject" not in row, _perplexity),
         "needle": (lambda row: row.get("task") == "needle", _needle),
-        "suite": (lambda row: "score" in row or "skipped" in row or "trained_on" in row, _suite),
+        "suite": (
+            lambda row: {"task", "shots"} <= row.keys() and bool(row.keys() & {"scores", "skipped", "trained_on"}),
+            _suite,
+        ),
         "inside": (lambda row: row.get("task") == "inside", _inside),
         "ablations": (lambda row: "subject" in row, _ablations),
         "bench": (lambda row: "prefill_tokens_per_s" in row, _bench),
@@ -130,25 +128,27 @@ def _paired_needle(row: Row, twin: Row) -> Cell:
 
 
 def _suite(rows: list[Row], baseline: str) -> Section:
-    measured = [row for row in rows if "score" in row]
+    measured = [row for row in rows if "scores" in row]
     sheets = [_summary(measured, num_slots) for num_slots in _slots(measured)]
-    sheets.append(_behind(measured))
-    sheets.append(_all_scores(measured, baseline))
+    if measured:
+        sheets += [_behind(measured), _all_scores(measured, baseline)]
     if skipped := [row for row in rows if "skipped" in row]:
-        lines = [_words(row["task"], row["skipped"]) for row in skipped]
+        lines = [_words(task_name(row), row["skipped"]) for row in skipped]
         sheets.append(Sheet("left out", ["task", "reason"], lines))
     if searched := [row for row in rows if "trained_on" in row]:
-        lines = [[*_words(row["task"], row["trained_on"]), *_wholes(row, "shared", "questions")] for row in searched]
+        lines = [[*_words(task_name(row), row["trained_on"]), *_wholes(row, "shared", "rows")] for row in searched]
         sheets.append(
             Sheet(
-                "questions that share 13 words in a row with texts trained on", ["task", "texts", "shared", "of"], lines
+                "questions and examples that share 13 words in a row with texts trained on",
+                ["task", "texts", "shared", "of"],
+                lines,
             )
         )
     words = (
         "The same questions with the full cache and with every compressor; few-shot examples and documents are read "
         "in slots. 95 % intervals by bootstrap over documents."
     )
-    return Section("Benchmarks", words, lambda: plots.suite(measured, task_name), sheets)
+    return Section("Benchmarks", words, (lambda: plots.suite(measured, task_name)) if measured else None, sheets)
 
 
 def _slots(rows: Sequence[Row]) -> list[int]:
@@ -177,14 +177,12 @@ def _summary(rows: Sequence[Row], num_slots: int) -> Sheet:
 def _behind(rows: Sequence[Row]) -> Sheet:
     """List where heads score less than a method without training."""
     lines = []
-    heads = [row for row in rows if row["compressor"] not in TRAINING_FREE | {FULL}]
+    heads = [row for row in rows if row["trained"]]
     for row in heads:
         rivals = [
             other
             for other in rows
-            if _of(other) == _of(row)
-            and other["num_slots"] == row["num_slots"]
-            and other["compressor"] in TRAINING_FREE
+            if _of(other) == _of(row) and other["num_slots"] == row["num_slots"] and not other["trained"]
         ]
         best = max(rivals, key=lambda other: float(other["score"]), default=None)
         if best is not None and best["score"] > row["score"]:

@@ -4,15 +4,16 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lm_eval.evaluator import evaluate as ask
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lococo.attachment import Attachment, attach
-from lococo.errors import WindowError
+from lococo import compressors as table
+from lococo.attachment import Attachment, attach, window_of
+from lococo.errors import ArgumentError, WindowError
 from lococo.eval import metrics
 from lococo.eval.harness import SlotLM
 from lococo.eval.tasks import AbsentError, Task, TaskChoice, Tasks
@@ -20,91 +21,132 @@ from lococo.results import Results, Row, key_of
 
 RESAMPLES = 2000
 
+FULL = "full"
+
+# Stands for the number of slots in the name of a folder of heads.
+SLOTS = "{num_slots}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way of reading.
+
+    Attributes:
+        label: What rows call its compressor.
+        num_slots: Mean over the layers; None for the full cache.
+        trained: Whether heads were trained for it.
+        attachment: Reads.
+    """
+
+    label: str
+    num_slots: int | None
+    trained: bool
+    attachment: Attachment
+
+
+def readings(
+    model: PreTrainedModel, compressors: Sequence[str], num_slots: Sequence[int], chunk_size: int
+) -> list[Reading]:
+    """Attach the full cache, and every compressor at every number of slots.
+
+    Args:
+        model: Not attached.
+        compressors: Names, or folders of heads; "{num_slots}" in one stands for the number of slots.
+        num_slots: Entries that survive a compression, mean over the layers; one number or more.
+        chunk_size: Tokens per forward pass.
+
+    Raises:
+        ArgumentError: If a name or number is out of range, or two folders go by one name.
+    """
+    made = [Reading(FULL, None, False, attach(model, FULL, chunk_size=chunk_size))]
+    names = [name for name in dict.fromkeys(compressors) if name != FULL]
+    labels = [_label(name) for name in names]
+    if len(set(labels)) < len(labels) or FULL in labels:
+        raise ArgumentError(f"rows tell compressors apart by {', '.join(labels)}; rename folders so that they differ")
+    for mean in dict.fromkeys(num_slots):
+        for name, label in zip(names, labels, strict=True):
+            spelt = name.replace(SLOTS, str(mean))
+            attachment = attach(model, spelt, num_slots=mean, chunk_size=chunk_size)
+            made.append(Reading(label, mean, table.is_trained(spelt), attachment))
+    return made
+
+
+def _label(name: str) -> str:
+    """Return how a compressor is called in rows: for heads in a folder, the folder's name alone."""
+    return Path(name.replace(SLOTS, "").rstrip("-_/")).name
+
 
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Task],
+    ways: Sequence[Reading],
     *,
-    compressors: Sequence[str],
-    num_slots: Sequence[int],
-    chunk_size: int = 256,
     results: Results | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
-    """Ask every task with the full cache and with each compressor, one row each.
+    """Ask every task in every way of reading, one row each.
 
     Args:
         model: Not attached.
         tokenizer: The model's.
         tasks: Of `Tasks.find`.
-        compressors: Names, or folders of heads; "{num_slots}" in one stands for the number of slots. "full" always
-            runs as well.
-        num_slots: Entries that survive a compression, mean over the layers; one number or more.
-        chunk_size: Tokens per forward pass.
+        ways: Of `readings`.
         results: Where rows go as they are done; those that it holds already are not measured again.
         say: Called with a line about every row.
 
     Returns:
-        Rows with task, shots, compressor, num_slots (None for "full"), chunk_size, too_long, length, metric, score,
-        its 95 % interval low and high (bootstrap over documents), questions, documents (the text that each is about),
-        scores (by name, one per question), truncated (prompts that were cut), prompt_tokens (mean and largest), and
-        run, see `results`. A task that does not fit the window has one row with skipped, the reason.
+        Rows with task, shots, length, too_long, compressor, num_slots (None for "full"), chunk_size, trained, metric,
+        score, its 95 % interval low and high (bootstrap over documents), questions, documents (the text that each is
+        about), scores (by name, one per question), truncated (prompts that were cut), prompt_tokens (mean and largest
+        that were read), and run, see `results`. A task that does not fit the window has one row with skipped, the
+        reason.
 
     Raises:
-        ArgumentError: If a name or number is out of range.
+        ArgumentError: If a task asks for prompts beyond the window.
     """
     results = Results() if results is None else results
-    with quiet():
-        return _rows(model, tokenizer, tasks, compressors, num_slots, chunk_size, results, say)
-
-
-def _rows(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[Task],
-    compressors: Sequence[str],
-    num_slots: Sequence[int],
-    chunk_size: int,
-    results: Results,
-    say: Callable[[str], None],
-) -> list[Row]:
-    attached: dict[tuple[str, int | None], Attachment] = {("full", None): attach(model, "full", chunk_size=chunk_size)}
-    for mean in dict.fromkeys(num_slots):
-        for name in dict.fromkeys(compressors):
-            if name != "full":
-                spelt = name.replace("{num_slots}", str(mean))
-                attached[name, mean] = attach(model, spelt, num_slots=mean, chunk_size=chunk_size)
+    window = window_of(model)
+    for task in tasks:
+        if window is not None and (task.choice.length or 0) > window:
+            raise ArgumentError(
+                f"task {task.choice.name}: length {task.choice.length} leaves the full cache's window of {window}"
+            )
     first = len(results.rows)
     for number, task in enumerate(tasks, 1):
-        for (name, slots), attachment in attached.items():
+        key = key_of(task.key())
+        for way in ways:
             settings = {
-                "task": task.choice.name,
-                "shots": task.choice.shots,
-                "compressor": _label(name),
-                "num_slots": slots,
-                "chunk_size": chunk_size,
+                **_about(task.choice),
                 "too_long": task.too_long,
-                "length": task.choice.length,
+                "compressor": way.label,
+                "num_slots": way.num_slots,
+                "chunk_size": way.attachment.chunk_size,
+                "trained": way.trained,
             }
-            measure = partial(_measured, model, tokenizer, task, attachment)
+            measure = partial(_measured, model, tokenizer, task, way.attachment)
             try:
-                row = results.measured(settings, measure, of=attachment.fingerprint() + key_of(_asked(task)))
+                with quiet():
+                    row = results.measured(settings, measure, of=way.attachment.fingerprint() + key)
             except WindowError as error:
-                say(skipped(results, task.choice.name, str(error)))
+                say(skipped(results, task.choice, str(error)))
                 break
-            how = "" if slots is None else f", {slots} slots"
+            how = "" if way.num_slots is None else f", {way.num_slots} slots"
             say(
-                f"{number} of {len(tasks)}  {task.choice.name}  {row['compressor']}{how}: {row['metric']} "
-                f"{row['score']:.3f} of {row['questions']} questions"
+                f"{number} of {len(tasks)}  {task.choice.name}  {way.label}{how}: {row['metric']} {row['score']:.3f} "
+                f"of {row['questions']} questions"
             )
     return results.rows[first:]
 
 
-def skipped(results: Results, task: str, reason: str) -> str:
+def _about(choice: TaskChoice) -> Row:
+    return {"task": choice.name, "shots": choice.shots, "length": choice.length}
+
+
+def skipped(results: Results, choice: TaskChoice, reason: str) -> str:
     """Note that a task could not be asked, and return a line about it."""
-    results.add({"task": task, "skipped": reason})
-    return f"skipped  {task}: {reason}"
+    results.add({**_about(choice), "skipped": reason})
+    return f"skipped  {choice.name}: {reason}"
 
 
 def ready(tasks: Tasks, choices: Sequence[TaskChoice], results: Results, say: Callable[[str], None]) -> list[Task]:
@@ -117,7 +159,7 @@ def ready(tasks: Tasks, choices: Sequence[TaskChoice], results: Results, say: Ca
             with quiet():
                 made.append(tasks.find(choice))
         except AbsentError as error:
-            say(skipped(results, choice.name, str(error)))
+            say(skipped(results, choice, str(error)))
     return made
 
 
@@ -132,19 +174,6 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _label(name: str) -> str:
-    """Return how a compressor is called in rows: for heads in a folder, the folder's name alone."""
-    return Path(name.replace("-{num_slots}", "")).name
-
-
-def _asked(task: Task) -> Row:
-    """Return all that decides what the model is asked."""
-    choice = task.choice
-    documents = list(task.asked.eval_docs)[: len(task.documents)]
-    examples = list(task.asked.fewshot_docs())[: choice.shots] if choice.shots else []
-    return {"documents": documents, "examples": examples, "metric": task.metric, "too_long": task.too_long}
-
-
 def _measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, attachment: Attachment) -> Row:
     reader = SlotLM(
         model, tokenizer=tokenizer, attachment=attachment, too_long=task.too_long, max_length=task.choice.length
@@ -155,7 +184,7 @@ def _measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: 
     samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
     names = [name for name in task.asked.higher_is_better() if isinstance(samples[0].get(name), int | float)]
     scores = {name: [float(sample[name]) for sample in samples] for name in names}
-    lengths = [len(tokenizer(_prompt(sample))["input_ids"]) for sample in samples]
+    read = [kept for _, kept in reader.prompts.values()]
     low, high = interval(task.metric, scores, task.documents)
     return {
         "metric": task.metric,
@@ -165,13 +194,9 @@ def _measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: 
         "questions": len(samples),
         "documents": task.documents,
         "scores": scores,
-        "truncated": reader.truncated,
-        "prompt_tokens": {"mean": round(sum(lengths) / len(lengths)), "max": max(lengths)},
+        "truncated": sum(kept < came for came, kept in reader.prompts.values()),
+        "prompt_tokens": {"mean": round(sum(read) / len(read)), "max": max(read)},
     }
-
-
-def _prompt(sample: Mapping[str, Any]) -> str:
-    return str(sample["arguments"][0][0])
 
 
 def interval(

@@ -96,14 +96,16 @@ def suite_tables(rows: Sequence[Row]) -> list[Table]:
     if left_out := [row for row in rows if "skipped" in row]:
         table = Table("task", "reason", title="left out")
         for row in left_out:
-            table.add_row(row["task"], row["skipped"])
+            table.add_row(task_name(row), row["skipped"])
         made.append(table)
     return made
 
 
 def task_name(row: Row) -> str:
-    """Return the name of a row's task, with the number of examples before each question."""
-    return f"{row['task']}, {row['shots']} shots" if row["shots"] else str(row["task"])
+    """Return the name of a row's task, with the examples before each question and the most tokens of a prompt."""
+    shots = f", {row['shots']} shots" if row["shots"] else ""
+    length = f", {row['length']:,} tokens" if row["length"] else ""
+    return f"{row['task']}{shots}{length}"
 
 
 def _asked(row: Row) -> tuple[object, ...]:

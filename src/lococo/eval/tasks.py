@@ -5,6 +5,7 @@ data set. SCROLLS is ours, since the harness fetches the code of its metrics fro
 """
 
 import difflib
+import importlib.metadata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -102,9 +103,9 @@ BABI = range(1, 21)
 KINDS: dict[str, Kind] = {
     "hellaswag": Kind("acc_norm", "hellaswag", copies.hellaswag),
     "winogrande": Kind("acc", "winogrande", copies.winogrande),
-    "race": Kind("acc", "race", copies.as_on_the_hub),
+    "race": Kind("acc", "race", copies.race),
     "triviaqa": Kind("exact_match", "triviaqa", copies.triviaqa),
-    "logiqa2": Kind("acc_norm", "logiqa2", copies.as_on_the_hub),
+    "logiqa2": Kind("acc_norm", "logiqa2", copies.logiqa2),
     "arc_easy": Kind("acc_norm", "arc_easy", copies.arc),
     "arc_challenge": Kind("acc_norm", "arc_challenge", copies.arc),
     "squad": _ours("f1", "squad", copies.squad),
@@ -123,6 +124,9 @@ KINDS: dict[str, Kind] = {
 }
 
 LONGBENCH = "longbench_"
+
+# Takes a description's own data out of it.
+NO_DATA = {"training_split": None, "validation_split": None, "dataset_path": "json", "dataset_name": None}
 
 # Of prompts that are made, with their answers, where nothing else is said.
 SYNTHETIC_TOKENS = 1024
@@ -146,6 +150,7 @@ class Task:
         metric: The score that counts.
         too_long: See `TaskChoice`.
         documents: Names the text that each question is about.
+        rows: Examples and questions as they were read.
     """
 
     choice: TaskChoice
@@ -153,6 +158,18 @@ class Task:
     metric: str
     too_long: TooLong
     documents: list[str] = field(default_factory=list)
+    rows: list[Document] = field(default_factory=list)
+
+    def key(self) -> dict[str, object]:
+        """Return all that decides what the model is asked and how answers are scored."""
+        described = ("doc_to_text", "doc_to_target", "doc_to_choice", "generation_kwargs", "target_delimiter")
+        config = self.asked.config
+        return {
+            "rows": self.rows,
+            "metric": self.metric,
+            "how": [str(getattr(config, name, None)).partition(" at 0x")[0] for name in described],
+            "versions": [importlib.metadata.version("lm_eval"), metrics.REVISION],
+        }
 
 
 class Tasks:
@@ -201,9 +218,7 @@ class Tasks:
         documents = self._local(choice, kind)
         if kind.ours:
             return self._ours(choice, kind, documents)
-        config = load_yaml(_manager().task_index[choice.name].yaml_path)
-        parts = {"training_split": None, "validation_split": None, "dataset_path": "json", "dataset_name": None}
-        return self._task(choice, kind, {**config, **parts}, documents)
+        return self._task(choice, kind, {**_config_of(choice.name), **NO_DATA}, documents)
 
     def _most(self, choice: TaskChoice) -> int | None:
         """Return how many questions are asked at most; None: all."""
@@ -217,7 +232,8 @@ class Tasks:
         try:
             return kind.read(folder)
         except FileNotFoundError as error:
-            raise AbsentError(f"{choice.name}: no such file: {error.args[0]}") from error
+            missing = Path(error.args[0]).relative_to(self.data)
+            raise AbsentError(f"{choice.name}: no such file in {self.data.name}: {missing}") from error
 
     def _fetched(self, choice: TaskChoice, kind: Kind) -> list[Document]:
         if kind.hub is None:
@@ -249,9 +265,11 @@ class Tasks:
         return self._task(choice, kind, config, documents)
 
     def _task(self, choice: TaskChoice, kind: Kind, config: dict[str, Any], documents: list[Document]) -> Task:
-        """Make a task of documents that are here."""
-        examples, asked = documents[: choice.shots], _spread(documents[choice.shots :], choice.per_document)
-        asked = asked[: self._most(choice)]
+        """Make a task of documents, of which the first are the examples."""
+        examples = documents[: choice.shots]
+        shown = {_text_of(document, -1 - number) for number, document in enumerate(examples)}
+        asked = [document for document in documents[choice.shots :] if _text_of(document, 0) not in shown]
+        asked = _spread(asked, choice.per_document)[: self._most(choice)]
         if not asked:
             raise AbsentError(
                 f"{choice.name} has {len(documents)} rows, too few for {choice.shots} examples and a question"
@@ -268,20 +286,55 @@ class Tasks:
             config |= {"fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}}
         for name in ("tag", "group", "dataset_kwargs"):
             config.pop(name, None)
-        names = [str(document.get("document", number)) for number, document in enumerate(asked)]
-        return Task(choice, ConfigurableTask(config=config), kind.metric, _too_long(choice, kind.long), names)
+        names = [_text_of(document, number) for number, document in enumerate(asked)]
+        too_long = choice.too_long or ("middle" if kind.long else "refuse")
+        return Task(choice, ConfigurableTask(config=config), kind.metric, too_long, names, [*examples, *asked])
 
     def _of_the_hub(self, choice: TaskChoice, kind: Kind | None) -> Task:
-        """Let lm-evaluation-harness load a task and its data."""
+        """Let lm-evaluation-harness load a task and its data, of which the first rows are taken."""
         if self.data is not None:
             raise AbsentError(f"{choice.name}: no local copy of it can be read; leave --data-dir out to fetch it")
         with _reachable(choice.name):
-            asked = _manager().load([choice.name])["tasks"][choice.name]
-        asked.set_config("num_fewshot", choice.shots)
-        metric = kind.metric if kind is not None else _first_metric(asked)
-        long = choice.name.startswith(LONGBENCH) if kind is None else kind.long
-        count = min(len(asked.eval_docs), self._most(choice) or len(asked.eval_docs))
-        return Task(choice, asked, metric, _too_long(choice, long), [str(number) for number in range(count)])
+            loaded = _manager().load([choice.name])["tasks"][choice.name]
+        config = _config_of(choice.name)
+        if kind is None:
+            kind = Kind(_mean_of(choice.name, config), long=choice.name.startswith(LONGBENCH))
+        split = config.get("test_split") or config.get("validation_split")
+        examples = config.get("fewshot_split") or config.get("training_split")
+        rows = loaded.dataset[split]
+        documents = loaded.dataset[examples].take(choice.shots).to_list() if examples and choice.shots else []
+        most = self._most(choice)
+        wanted = len(rows) if most is None else min(len(rows), most + choice.shots)
+        return self._task(choice, kind, {**config, **NO_DATA}, documents + rows.take(wanted).to_list())
+
+
+def _config_of(name: str) -> dict[str, Any]:
+    """Return how lm-evaluation-harness describes a task of its own.
+
+    Raises:
+        AbsentError: If it is a program.
+    """
+    entry = _manager().task_index[name]
+    config: dict[str, Any] = load_yaml(entry.yaml_path) if entry.yaml_path is not None else {}
+    if not config.get("metric_list") or "class" in config:
+        raise AbsentError(f"{name} is a program of lm-evaluation-harness; run it with `python -m lococo.eval.harness`")
+    return config
+
+
+def _mean_of(name: str, config: Mapping[str, Any]) -> str:
+    """Return the first metric of a task that is a mean of its questions' scores."""
+    for metric in config["metric_list"]:
+        if metric.get("aggregation", "mean") == "mean" and metric["metric"] not in ("perplexity", "bypass"):
+            return str(metric["metric"])
+    raise AbsentError(f"{name} has no score that is a mean of questions; run it with `python -m lococo.eval.harness`")
+
+
+def _text_of(document: Document, number: int) -> str:
+    """Return a name of the text that a question is about, or of the question alone."""
+    for field_name in ("document", "context", "article"):
+        if isinstance(text := document.get(field_name), str):
+            return text if field_name == "document" else copies.name_of(text)
+    return str(number)
 
 
 def _spread(documents: list[Document], most: int | None) -> list[Document]:
@@ -289,7 +342,7 @@ def _spread(documents: list[Document], most: int | None) -> list[Document]:
     seen: Counter[str] = Counter()
     taken = []
     for number, document in enumerate(documents):
-        text = document.get("document", str(number))
+        text = _text_of(document, number)
         seen[text] += 1
         if most is None or seen[text] <= most:
             taken.append(document)
@@ -300,14 +353,6 @@ def _spread(documents: list[Document], most: int | None) -> list[Document]:
 def _manager() -> TaskManager:
     """Look through the files of all tasks of lm-evaluation-harness, which takes seconds."""
     return TaskManager()
-
-
-def _too_long(choice: TaskChoice, long: bool) -> TooLong:
-    return choice.too_long or ("middle" if long else "refuse")
-
-
-def _first_metric(asked: Any) -> str:
-    return str(asked.config.metric_list[0]["metric"])
 
 
 def _scores(metric: str, document: Document, results: Sequence[str]) -> dict[str, float]:
@@ -323,16 +368,20 @@ def _scores(metric: str, document: Document, results: Sequence[str]) -> dict[str
 @contextmanager
 def _reachable(name: str) -> Iterator[None]:
     """Say at once that the hub cannot be reached; what is cached is found with HF_HUB_OFFLINE=1."""
+    from datasets.exceptions import DatasetsError
     from huggingface_hub import constants, get_session
 
-    try:
-        if not constants.HF_HUB_OFFLINE:
+    remedy = "connect, or give a local copy with --data-dir"
+    if not constants.HF_HUB_OFFLINE:
+        try:
             get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+        except Exception as error:  # of whichever library asks
+            raise AbsentError(f"{name}: the hub cannot be reached ({type(error).__name__}); {remedy}") from error
+    try:
         yield
-    except DocumentError:
-        raise
-    except Exception as error:  # of whichever library asks the hub
-        raise AbsentError(
-            f"{name}: its data set could not be fetched from the hub ({type(error).__name__}: {error}); connect, or "
-            "give a local copy with --data-dir"
+    except ImportError as error:
+        raise ArgumentError(
+            f"{name} needs a package that is not here ({error}); install `lococo[longbench]`"
         ) from error
+    except (OSError, DatasetsError) as error:
+        raise AbsentError(f"{name}: its data set cannot be fetched ({type(error).__name__}); {remedy}") from error

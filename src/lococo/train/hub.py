@@ -51,6 +51,8 @@ def fetch(source: str, *, documents: int, seed: int, skip: int = 0) -> Path:
         with (folder / "train.jsonl").open("w", encoding="utf-8") as file:
             for text in _texts(islice(stream, skip, None), documents, source):
                 file.write(json.dumps({"text": text}) + "\n")
+        if not (folder / "train.jsonl").stat().st_size:
+            raise DocumentError(f"{source} has no documents{f' beyond the first {skip:,}' if skip else ''}")
 
     return cached_folder(f"{spelt['name'].replace('/', '--')}-{part}-{key}", f"fetching {source}", fill)
 

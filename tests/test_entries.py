@@ -88,23 +88,6 @@ def test_future_mass_is_the_mass_of_queries_one_chunk_later():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("per_step", "least", "asked"), [(61, 1, range(16)), (20, 1, range(0, 16, 3)), (1, 4, [3, 7, 11, 15])]
-)
-def test_with_many_entries_some_queries_stand_for_all(monkeypatch, per_step, least, asked):
-    monkeypatch.setattr(lococo.entries, "ENTRIES_PER_STEP", per_step)
-    monkeypatch.setattr(lococo.entries, "LEAST_QUERIES", least)
-    model = tiny("llama")
-    with lococo.attach(model, "look-ahead", num_slots=100, chunk_size=16) as slots:
-        cache = slots.new_cache()
-        model(tokens(1, 60), past_key_values=cache)
-    entries = cache.slot_layers[0].entries([0], 60)
-    ahead = entries.rotary.rotate(entries.queries[0].transpose(0, 1), torch.full((1, 1, 1), 16.0)).transpose(0, 1)[None]
-    expected = naive_mass(entries.keys, entries.log_mass, ahead[..., list(asked), :], entries.scaling)
-    torch.testing.assert_close(entries.future_mass, expected * 16 / len(asked), atol=1e-4, rtol=1e-4)
-
-
-@torch.no_grad()
 def test_padding_gives_and_takes_no_mass():
     model, ids = tiny("llama"), tokens(1, 50)
     padded = torch.cat([torch.zeros(1, 9, dtype=torch.long), ids], 1)

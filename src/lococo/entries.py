@@ -11,10 +11,6 @@ from lococo.rope import LayerRotary
 # Rows of an attention map that are held at once: (b h QUERY_ROWS s) floats.
 QUERY_ROWS = 192
 
-# With n times as many entries, look-ahead asks every n-th query, but at least so many.
-ENTRIES_PER_STEP = 256
-LEAST_QUERIES = 64
-
 
 @dataclass(frozen=True)
 class Entries:
@@ -88,15 +84,12 @@ class Entries:
         """Mass that the last chunk's queries would give from one chunk later, (b h s).
 
         The queries of the next chunk are unknown; those of the last one, rotated that many positions ahead and freed of
-        the causal mask, are their best stand-in. Where there are many entries some of them stand for all: every query's
-        choice matters less then (docs/log.md).
+        the causal mask, are their best stand-in. All of them: some alone miss what the others would have kept
+        (docs/log.md).
         """
         queries = self._observed_queries()
         w, d = queries.shape[3:]
-        step = max(1, min(len(self) // ENTRIES_PER_STEP, w // LEAST_QUERIES))
-        some = queries[..., (w - 1) % step :: step, :]
-        mass = self._mass_from(some.float() @ self.rotary.matrix(float(w), d, queries.device), None)
-        return mass * (w / some.shape[3])
+        return self._mass_from(queries.float() @ self.rotary.matrix(float(w), d, queries.device), None)
 
     def _observed_queries(self) -> Tensor:
         assert self.queries is not None, "a compressor that reads queries must declare it in `observes`"

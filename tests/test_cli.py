@@ -39,7 +39,7 @@ class TestHelp:
         assert cli.main(["--help"]) == 0
         page = capsys.readouterr().out
         assert page.startswith(
-            "usage: lococo [-h] [--version] {demo,run,compress,ask,chat,inspect,train,ablate,eval,bench} ..."
+            "usage: lococo [-h] [--version] {demo,run,compress,ask,chat,inspect,train,ablate,eval,report,bench} ..."
         )
         assert "  eval perplexity   Measure what compression costs" in page
 
@@ -49,7 +49,7 @@ class TestHelp:
 
     def test_a_group_lists_its_verbs(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["eval"]) == 0
-        assert capsys.readouterr().out.startswith("usage: lococo eval [-h] {perplexity,needle} ...")
+        assert capsys.readouterr().out.startswith("usage: lococo eval [-h] {perplexity,needle,suite,inside} ...")
 
     @pytest.mark.parametrize("verb", cli.VERBS)
     def test_every_flag_is_explained(self, verb: str, capsys: pytest.CaptureFixture[str]) -> None:

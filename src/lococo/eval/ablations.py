@@ -140,7 +140,7 @@ def run(
         measured = perplexity.evaluate(model, tokenizer, data=data, compressors=compressors, results=kept, **vars(use))
         for ablation, name in same:
             for row in measured:
-                if row["compressor"] == name:
+                if row["compressor"] == Path(name).name:
                     results.add({"subject": ablation.subject, "name": ablation.name} | row | _trained_with(name))
 
 

@@ -255,7 +255,7 @@ def save(figure: "Figure", target: Path) -> None:
     try:
         figure.savefig(target)
     except ValueError as error:
-        raise ArgumentError(f"{target}: {error}") from error
+        raise ArgumentError(f"{target}: {error}; name a file such as plot.svg") from error
 
 
 def svg(figure: "Figure", salt: str) -> str:

@@ -74,3 +74,15 @@ def test_rouge_of_many_is_the_geometric_mean_of_means():
 )
 def test_found_is_the_share_of_answers_that_occur(prediction, answers, expected):
     assert metrics.found(prediction, answers) == expected
+
+
+def test_intervals_resample_documents_with_all_their_questions():
+    scores = {"acc": [1, 1, 1, 1, 0, 0, 0, 0]}
+
+    def interval(documents):
+        return metrics.interval(documents, lambda which: metrics.overall("acc", scores, which))
+
+    assert interval(list("aaaabbbb")) == (0.0, 1.0)
+    low, high = interval(list("abcdefgh"))
+    assert 0 < low < 0.5 < high < 1
+    assert interval(["a"] * 8) == (0.5, 0.5)

@@ -138,21 +138,11 @@ def test_folders_of_heads_go_by_their_names(reader, tmp_path):
 
 
 def test_heads_without_training_are_the_same_every_time(reader):
-    prints = {
-        lococo.attach(reader[1], "lococo-paper", num_slots=32, chunk_size=16).fingerprint()
-        for _ in range(2)
-        if torch.rand(1) is not None
-    }
+    prints = set()
+    for _ in range(2):
+        torch.rand(1)  # moves the generator on
+        prints.add(lococo.attach(reader[1], "lococo-paper", num_slots=32, chunk_size=16).fingerprint())
     assert len(prints) == 1
-
-
-def test_intervals_resample_documents_with_all_their_questions():
-    scores = {"acc": [1, 1, 1, 1, 0, 0, 0, 0]}
-    apart = suite.interval("acc", scores, list("abcdefgh"))
-    together = suite.interval("acc", scores, list("aaaabbbb"))
-    assert together == (0.0, 1.0)
-    assert 0 < apart[0] < 0.5 < apart[1] < 1
-    assert suite.interval("acc", scores, ["a"] * 8) == (0.5, 0.5)
 
 
 def test_examples_are_not_asked_and_few_questions_are_about_one_text(reader, data):

@@ -1,10 +1,11 @@
 """Scores of single answers, and the score of many."""
 
 import math
+import random
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +16,8 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 
 # Not the mean of a score per answer, but made of the means of several.
 GEOMETRIC_MEAN = "rouge"
+
+RESAMPLES = 2000
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
@@ -64,6 +67,26 @@ def overall(metric: str, scores: Mapping[str, Sequence[float]], which: Sequence[
     columns = [scores[name] if which is None else [scores[name][i] for i in which] for name in names]
     means = [math.fsum(column) / len(column) for column in columns]
     return math.prod(means) ** (1 / len(means))
+
+
+def interval(
+    documents: Sequence[str], figure: Callable[[Sequence[int]], float], *, seed: int = 0
+) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of a figure of some questions, resampling documents with all about them.
+
+    Args:
+        documents: The text that each question is about.
+        figure: Of questions, some perhaps more than once.
+        seed: Of the resampling.
+    """
+    of: dict[str, list[int]] = {}
+    for number, document in enumerate(documents):
+        of.setdefault(document, []).append(number)
+    groups = list(of.values())
+    rng = random.Random(seed)
+    drawn = (rng.choices(groups, k=len(groups)) for _ in range(RESAMPLES))
+    figures = sorted(figure([number for group in some for number in group]) for some in drawn)
+    return figures[int(0.025 * RESAMPLES)], figures[int(0.975 * RESAMPLES) - 1]
 
 
 @lru_cache(maxsize=1)

@@ -1,6 +1,5 @@
 """What a report shows of each kind of results: words, a picture, tables. Made from the rows alone."""
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,8 +10,6 @@ from lococo.eval.plots import FULL, how_read
 from lococo.eval.tables import task_name
 from lococo.progress import mib
 from lococo.results import Row
-
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -225,15 +222,11 @@ def difference(
     seed: int = 0,
 ) -> tuple[float, float, float]:
     """Return by how much one set of answers scores more than another, and the 95 % interval, paired by document."""
-    of: dict[str, list[int]] = {}
-    for number, document in enumerate(documents):
-        of.setdefault(document, []).append(number)
-    groups = list(of.values())
-    rng = random.Random(seed)
-    drawn = ([i for group in rng.choices(groups, k=len(groups)) for i in group] for _ in range(RESAMPLES))
-    apart = sorted(metrics.overall(metric, scores, which) - metrics.overall(metric, others, which) for which in drawn)
-    middle = metrics.overall(metric, scores) - metrics.overall(metric, others)
-    return middle, apart[int(0.025 * RESAMPLES)], apart[int(0.975 * RESAMPLES) - 1]
+
+    def apart(which: Sequence[int] | None = None) -> float:
+        return metrics.overall(metric, scores, which) - metrics.overall(metric, others, which)
+
+    return (apart(), *metrics.interval(documents, apart, seed=seed))
 
 
 def _ablations(rows: list[Row], baseline: str) -> Section:

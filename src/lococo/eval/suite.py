@@ -1,8 +1,7 @@
 """A suite: many tasks, every compressor, the full cache beside them, on the same questions."""
 
 import logging
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +17,6 @@ from lococo.eval import metrics
 from lococo.eval.harness import SlotLM
 from lococo.eval.tasks import AbsentError, Task, TaskChoice, Tasks
 from lococo.results import Results, Row, key_of
-
-RESAMPLES = 2000
 
 FULL = "full"
 
@@ -185,7 +182,7 @@ def _measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: 
     names = [name for name in task.asked.higher_is_better() if isinstance(samples[0].get(name), int | float)]
     scores = {name: [float(sample[name]) for sample in samples] for name in names}
     read = [kept for _, kept in reader.prompts.values()]
-    low, high = interval(task.metric, scores, task.documents)
+    low, high = metrics.interval(task.documents, partial(metrics.overall, task.metric, scores))
     return {
         "metric": task.metric,
         "score": metrics.overall(task.metric, scores),
@@ -197,17 +194,3 @@ def _measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: 
         "truncated": sum(kept < came for came, kept in reader.prompts.values()),
         "prompt_tokens": {"mean": round(sum(read) / len(read)), "max": max(read)},
     }
-
-
-def interval(
-    metric: str, scores: Mapping[str, Sequence[float]], documents: Sequence[str], *, seed: int = 0
-) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of a score, resampling documents with all questions about them."""
-    of: dict[str, list[int]] = {}
-    for number, document in enumerate(documents):
-        of.setdefault(document, []).append(number)
-    groups = list(of.values())
-    rng = random.Random(seed)
-    drawn = (rng.choices(groups, k=len(groups)) for _ in range(RESAMPLES))
-    sampled = sorted(metrics.overall(metric, scores, [i for group in some for i in group]) for some in drawn)
-    return sampled[int(0.025 * RESAMPLES)], sampled[int(0.975 * RESAMPLES) - 1]

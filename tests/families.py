@@ -28,7 +28,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lococo.compressors.learned import HeadSettings, LearnedHeads
+from lococo.compressors.learned import LearnedHeads
+from lococo.compressors.nets import HeadSettings
 from lococo.facts import ModelFacts
 from lococo.norms import norm_names
 

@@ -5,11 +5,15 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lococo.rope import LayerRotary
 
 # Rows of an attention map that are held at once: (b h QUERY_ROWS s) floats.
-QUERY_ROWS = 192
+QUERY_ROWS = 384
+
+# Floats of the widest vectors that processors have.
+LANES = 16
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,11 @@ class Entries:
 
     def take(self, index: Tensor) -> "Entries":
         """Return the entries at `index` (b h m), which must ascend along m to keep the temporal order."""
+        rows = flat_index(index, len(self))
         return replace(
             self,
-            keys=rows_at(self.keys, index),
-            values=rows_at(self.values, index),
+            keys=rows_at(self.keys, rows),
+            values=rows_at(self.values, rows),
             positions=self.positions.gather(2, index),
             log_mass=self.log_mass.gather(2, index),
             token_index=self.token_index.gather(2, index),
@@ -77,7 +82,9 @@ class Entries:
         if last is not None:
             queries = queries[..., -last:, :]
         seen = torch.arange(len(self) - queries.shape[3], len(self), device=queries.device) + 1
-        return self._mass_from(queries, seen[None])
+        return attention_mass(
+            self.keys, self.log_mass, queries, scaling=self.scaling, softcap=self.softcap, visible=seen[None]
+        )
 
     @cached_property
     def future_mass(self) -> Tensor:
@@ -89,22 +96,20 @@ class Entries:
         """
         queries = self._observed_queries()
         w, d = queries.shape[3:]
-        return self._mass_from(queries.float() @ self.rotary.matrix(float(w), d, queries.device), None)
+        # Keys that move back look to queries as if these had moved ahead, and are fewer.
+        back = self.rotary.matrix(-float(w), d, queries.device) * self.scaling
+        keys = self.keys.detach().float() @ back
+        return attention_mass(keys, self.log_mass, queries, scaling=1.0, softcap=self.softcap)
 
     def _observed_queries(self) -> Tensor:
         assert self.queries is not None, "a compressor that reads queries must declare it in `observes`"
         return self.queries
 
-    def _mass_from(self, queries: Tensor, visible: Tensor | None) -> Tensor:
-        return attention_mass(
-            self.keys, self.log_mass, queries, scaling=self.scaling, softcap=self.softcap, visible=visible
-        )
 
-
-def rows_at(tensor: Tensor, index: Tensor) -> Tensor:
-    """Return the rows of (b h s d) at `index` (b h m), as (b h m d); copies rows whole, which gather does not."""
-    b, h, s, d = tensor.shape
-    return tensor.reshape(-1, d).index_select(0, flat_index(index, s)).view(b, h, -1, d)
+def rows_at(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Return the rows of (b h s d) at a `flat_index`, as (b h m d); copies rows whole, which gather does not."""
+    b, h, _, d = tensor.shape
+    return tensor.reshape(-1, d).index_select(0, rows).view(b, h, -1, d)
 
 
 def flat_index(index: Tensor, s: int) -> Tensor:
@@ -139,19 +144,27 @@ def attention_mass(
         Column sums over queries and groups, (b h s), float32; they add up to g * q per key/value head.
     """
     b, h, g, q, d = queries.shape
-    s = keys.shape[2]
+    count = keys.shape[2]
+    # Rows that do not end where a vector ends cost a tenth more (docs/log.md): the rest is entries that nobody sees.
+    rest = -count % LANES
+    s = count + rest
+    if rest:
+        keys, log_mass = pad(keys, (0, 0, 0, rest)), pad(log_mass, (0, rest), value=-torch.inf)
     # Every group's queries in one row of blocks, each small enough for its map to stay in the processor's cache.
-    rows = (queries.float() * scaling).reshape(b * h, g * q, d)
+    rows = queries.float().reshape(b * h, g * q, d)
+    rows = rows if scaling == 1 else rows * scaling
     transposed = keys.float().reshape(b * h, s, d).transpose(1, 2)
     bias = log_mass.reshape(b * h, 1, s)
     mass = bias.new_zeros(b * h, s)
     columns = torch.arange(s, device=keys.device)
+    map_ = bias.new_empty(b * h, min(QUERY_ROWS, g * q), s)
     for start in range(0, g * q, QUERY_ROWS):
         block = rows[:, start : start + QUERY_ROWS]
+        logits = map_[:, : block.shape[1]]
         if softcap is None:
-            logits = torch.baddbmm(bias, block, transposed)
+            torch.baddbmm(bias, block, transposed, out=logits)
         else:
-            logits = torch.tanh(block @ transposed / softcap) * softcap + bias
+            torch.bmm(block, transposed, out=logits).div_(softcap).tanh_().mul_(softcap).add_(bias)
         which = torch.arange(start, start + block.shape[1], device=keys.device) % q
         if visible is not None:
             hidden = columns >= visible[:, which, None]
@@ -160,4 +173,4 @@ def attention_mass(
         if weight is not None:
             probabilities.view(b, h, *logits.shape[1:]).mul_(weight[:, None, which, None])
         mass += probabilities.sum(1)
-    return mass.view(b, h, s)
+    return mass.view(b, h, s)[..., :count]

@@ -8,7 +8,8 @@ get the identity.
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lococo.errors import UnsupportedModelError
+
+# Rotations by fewer whole positions than this come out of a table of (2 * TABLE d) floats per type of layer.
+TABLE = 4096
 
 
 class Rotary:
@@ -32,7 +36,8 @@ class Rotary:
         """
         self._embedding: nn.Module | None = getattr(decoder, "rotary_emb", None)
         self._apply = modeling_function(decoder, "apply_rotary_pos_emb")
-        self._layers: dict[int, LayerRotary] = {}
+        # Layers of one type turn alike and share what they have worked out.
+        self._of_type: dict[str, LayerRotary] = {}
         self._layer_types: list[str] = list(getattr(decoder.config, "layer_types", None) or [])
         if self._embedding is None and self._apply is not None:
             raise UnsupportedModelError(
@@ -45,11 +50,12 @@ class Rotary:
 
     def of_layer(self, layer_idx: int) -> "LayerRotary":
         """Return the rotation of one layer (local and global layers may differ in their angles)."""
-        if layer_idx not in self._layers:
-            self._layers[layer_idx] = self._made_for(layer_idx)
-        return self._layers[layer_idx]
+        layer_type = self._layer_types[layer_idx] if self._layer_types else ""
+        if layer_type not in self._of_type:
+            self._of_type[layer_type] = self._made_for(layer_type)
+        return self._of_type[layer_type]
 
-    def _made_for(self, layer_idx: int) -> "LayerRotary":
+    def _made_for(self, layer_type: str) -> "LayerRotary":
         if self._embedding is None or self._apply is None:
             return LayerRotary(None, None)
         embedding = self._embedding
@@ -58,13 +64,13 @@ class Rotary:
         forward = inspect.unwrap(type(embedding).forward)
         extra: tuple[str, ...] = ()
         if "layer_type" in inspect.signature(forward).parameters:
-            extra = (self._layer_types[layer_idx],)
+            extra = (layer_type,)
 
         def angles(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
             cos, sin = forward(embedding, x, positions, *extra)
             return cos, sin
 
-        return LayerRotary(angles, self._apply)
+        return LayerRotary(angles, self._apply, lambda: list(embedding.buffers()))
 
     def _check_group(self, head_dim: int) -> None:
         """Probe that rotating there and back is the identity, for every kind of layer."""
@@ -90,10 +96,16 @@ class LayerRotary:
         self,
         angles: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
         apply: Callable[..., tuple[Tensor, Tensor]] | None,
+        frequencies: Callable[[], list[Tensor]] = list,
     ) -> None:
         self._angles = angles
         self._apply = apply
+        self._frequencies = frequencies
+        # What the tables and matrices below were made of; a model that scales with the length changes it.
+        self._made_of: list[Tensor] = []
         self._factor: float | None = None
+        self._table: Tensor | None = None
+        self._matrices: dict[tuple[float, int, torch.device], Tensor] = {}
 
     def rotate(self, x: Tensor, delta: Tensor) -> Tensor:
         """Rotate keys or queries by a number of positions, fractional or negative.
@@ -112,19 +124,58 @@ class LayerRotary:
         steps = delta.to(wide)
         # Angles that all heads share are computed once.
         steps = steps.view(1, -1) if steps.shape[:2] == (1, 1) else steps.expand(b, h, -1).reshape(b * h, -1)
-        cos, sin = self._angles(wide, steps)
-        if self._factor is None:
-            # YaRN and longrope multiply cos and sin by a factor that the stored keys already carry; it is cos(0).
-            self._factor = float(self._angles(wide, steps.new_zeros(1, 1))[0].flatten()[0])
-        if self._factor != 1:
-            cos, sin = cos / self._factor, sin / self._factor
+        self._forget_if_changed()
+        cos, sin = self._looked_up(wide, steps) or self._computed(wide, steps)
         _, rotated = self._apply(wide[:, :0], wide, cos, sin)
         return rotated.view(b, h, s, d).to(x.dtype)
 
     def matrix(self, delta: float, head_dim: int, device: torch.device) -> Tensor:
         """Return what rotates rows by `delta` positions when they are multiplied by it, (d d), float32."""
-        eye = torch.eye(head_dim, device=device)[None, None]
-        return self.rotate(eye, torch.full((1, 1, 1), delta, device=device))[0, 0]
+        self._forget_if_changed()
+        key = (delta, head_dim, device)
+        if key not in self._matrices:
+            with lasting():
+                eye = torch.eye(head_dim, device=device)[None, None]
+                self._matrices[key] = self.rotate(eye, torch.full((1, 1, 1), delta, device=device))[0, 0]
+        return self._matrices[key]
+
+    def _computed(self, wide: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cos and sin of what rotates by `steps`, (b s)."""
+        assert self._angles is not None
+        cos, sin = self._angles(wide, steps)
+        if self._factor is None:
+            # YaRN and longrope multiply cos and sin by a factor that the stored keys already carry; it is cos(0).
+            self._factor = float(self._angles(wide, steps.new_zeros(1, 1))[0].flatten()[0])
+        return (cos, sin) if self._factor == 1 else (cos / self._factor, sin / self._factor)
+
+    def _looked_up(self, wide: Tensor, steps: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the same for whole numbers up to TABLE on a CPU, where angles cost more than a look-up; else None."""
+        if steps.device.type != "cpu" or not steps.numel():
+            return None
+        whole = steps.long()
+        low, high = (int(end) for end in whole.aminmax())
+        if max(-low, high) >= TABLE or not torch.equal(whole.to(steps), steps):
+            return None
+        if self._table is None:
+            with lasting():
+                every = torch.arange(1 - TABLE, TABLE, dtype=torch.float32)[None]
+                self._table = torch.cat(self._computed(wide, every), -1)[0]
+        angles = self._table.index_select(0, whole.flatten() + (TABLE - 1)).view(*steps.shape, -1)
+        cos, sin = angles.chunk(2, -1)
+        return cos, sin
+
+    def _forget_if_changed(self) -> None:
+        now = self._frequencies()
+        if len(now) != len(self._made_of) or any(a is not b for a, b in zip(now, self._made_of, strict=True)):
+            self._made_of, self._factor, self._table = now, None, None
+            self._matrices.clear()
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Make tensors that may be used with gradients later, whatever mode the caller is in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def modeling_function(module: nn.Module, name: str) -> Callable[..., Any] | None:

@@ -25,8 +25,8 @@ class Chunk:
     ordinal: Tensor
     token_index: Tensor
     position_ids: Tensor
-    # Attention biases, shared by layers that hold the same number of entries.
-    biases: dict[object, Tensor] = field(default_factory=dict)
+    # Attention biases by how much more each row holds than the first, as wide as any layer so far needed.
+    biases: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
 
 class Rows:

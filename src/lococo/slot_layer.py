@@ -152,13 +152,15 @@ class SlotLayer(CacheLayerMixin):
         uniform = self.chunk.real is None and len(set(filled)) == 1
         if uniform and self.chunk.length == 1 and not self.carries_mass:
             return None
-        key = (tuple(filled), width)
+        # Layers whose rows hold n entries more see n columns more, on the left.
+        key = tuple(held - filled[0] for held in filled)
         bias = self.chunk.biases.get(key)
-        if bias is None:
+        if bias is None or bias.shape[-1] < width:
             hidden = torch.arange(width, device=query.device) >= self.visible()[..., None]
             bias = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
             bias = bias.masked_fill_(hidden, torch.finfo(query.dtype).min)[:, None]
             self.chunk.biases[key] = bias
+        bias = bias[..., bias.shape[-1] - width :]
         if not self.carries_mass:
             return bias
         return bias + self.log_mass[:, :, None, :width].to(query.dtype)
@@ -175,10 +177,13 @@ class SlotLayer(CacheLayerMixin):
             if self.queries is None:
                 self.queries = queries.new_zeros(b, h, heads // h, self.chunk_size, d)
             # A ring: the query of a row's n-th token lies at n modulo chunk_size.
-            place = self.chunk.token_index % self.chunk_size
             if self.chunk.real is None and len(set(self.rows.tokens)) == 1:
-                self.queries[:, :, :, place[0]] = queries
+                start = self.rows.tokens[0] % self.chunk_size
+                before, after = queries.split([min(q, self.chunk_size - start), max(0, start + q - self.chunk_size)], 3)
+                self.queries[:, :, :, start : start + before.shape[3]] = before
+                self.queries[:, :, :, : after.shape[3]] = after
             else:
+                place = self.chunk.token_index % self.chunk_size
                 row, column = self._real_columns()
                 self.queries[row, :, :, place.expand(b, -1)[row, column]] = queries[row, :, :, column]
         if self.mass is not None:

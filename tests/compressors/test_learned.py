@@ -4,7 +4,6 @@ from families import heads_for, left_padded, tiny, tokens
 
 import lococo
 from lococo.compressors.heads import load_heads, save_heads
-from lococo.compressors.learned import FACTS, HeadSettings, Net, side_by_side
 from lococo.errors import ArgumentError, FileFormatError
 from lococo.facts import ModelFacts
 
@@ -18,22 +17,6 @@ def logits_of(model, compressor, ids, mask=None, **options):
 def test_untrained_heads_are_mass_merge():
     model, ids = tiny(), tokens(2, 150)
     assert torch.equal(logits_of(model, heads_for(model), ids), logits_of(model, "mass-merge", ids))
-
-
-@pytest.mark.parametrize("depth", [0, 1, 2])
-@torch.no_grad()
-def test_nets_side_by_side_say_what_each_says_alone(depth):
-    settings = HeadSettings([0], num_key_value_heads=2, head_dim=4, width=6, kernel_size=3, depth=depth)
-    nets = [Net(settings, outputs) for outputs in (1, 2)]
-    for parameter in torch.nn.ModuleList(nets).parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
-    content, facts = torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, FACTS)
-    for net, said in zip(nets, side_by_side(nets, content, facts), strict=True):
-        hidden = torch.nn.functional.silu(content @ net.content + net.facts(facts) + net.head)
-        for convolution in net.convolutions:
-            mixed = torch.stack([convolution(row.transpose(1, 2)).transpose(1, 2) for row in hidden])
-            hidden = torch.nn.functional.silu(hidden + mixed)
-        torch.testing.assert_close(said, net.out(hidden).permute(3, 0, 1, 2))
 
 
 @pytest.mark.parametrize("option", ["learned_scores", "learned_merge"])

@@ -134,6 +134,16 @@ def test_a_text_with_little_to_share_does_not_keep_others_from_sharing(monkeypat
     assert sorted(read) == [20, 61]
 
 
+def test_texts_that_share_a_lot_share_it_where_others_share_little(monkeypatch):
+    read = []
+    monkeypatch.setattr(harness, "prefill", lambda model, ids, cache: read.append(ids.shape[1]))
+    texts = [[0, first, *range(60), end] for first in (1, 2) for end in (7, 8)] + [[3, *range(60), 7]]
+    wanted = [Wanted(ids, len(ids) - 1) for ids in texts]
+    found = list(harness.groups(tiny(), lambda: DynamicCache(config=tiny().config), wanted))
+    assert sorted((start, group) for _, start, group in found) == [(61, [4]), *((62, [n]) for n in range(4))]
+    assert sorted(read) == [61, 62, 62]
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 def test_layers_with_a_sliding_window_see_what_was_shared(family, tokenizer, choices):
     how = {"until": [], "max_gen_toks": 9}

@@ -8,7 +8,8 @@ from families import tiny as model_of
 import lococo
 from lococo import cli
 from lococo.compressors.heads import save_heads
-from lococo.compressors.learned import HeadSettings, LearnedHeads
+from lococo.compressors.learned import LearnedHeads
+from lococo.compressors.nets import HeadSettings
 from lococo.errors import ArgumentError
 from lococo.eval import inside, plots
 from lococo.facts import ModelFacts

@@ -7,21 +7,23 @@ merged and how much attention its slot asks for. Nothing depends on the number o
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lococo.compressors.mass_merge import MAX_LOG_MASS, merged_by_mass
+from lococo.compressors.mass_merge import merged_by_mass
+from lococo.compressors.nets import HeadSettings, Joining, Net
 from lococo.compressors.selections import RECENT
 from lococo.entries import Entries
 from lococo.norms import NormDeltas
 from lococo.shares import shares
 
-# Numbers about an entry that the nets see besides its key and value; see `facts_of`.
-FACTS = 7
+# Of an entry's mass (in units of the mean), its key's norm, its value's norm and its age: the least that a logarithm is
+# taken of, and what it is multiplied by.
+LOGARITHMS = (1e-4, 1e-6, 1e-6, 1.0), (1 / 2, 1 / 2, 1 / 2, 1 / 4)
 
 # Slots of a layer from which on scorers count in full; with fewer, keeping what may be asked for costs more than it
 # gains, and they count less by the third power (docs/log.md).
@@ -31,77 +33,6 @@ FULL_SCORES_SLOTS = 256
 BONUS_START = -4.0
 
 OnCompress = Callable[[int, Entries, int], Tensor | None]
-
-
-@dataclass(frozen=True)
-class HeadSettings:
-    """What makes heads of one shape.
-
-    Attributes:
-        layers: Indices of the layers that hold slots.
-        num_key_value_heads: Key/value heads per layer.
-        head_dim: Size of a key.
-        width: Channels of the convolutions.
-        kernel_size: Entries that a convolution sees, odd.
-        depth: Convolutions one after the other.
-        learned_scores: Raise the mass of what may be asked for later.
-        learned_merge: Correct weights and masses of the merge.
-        max_log_mass: Most that a slot may add to its attention logit, in nats.
-        norms: Names of the norms that are changed along, () for a frozen model.
-        hidden_size: What those norms put out.
-        budgets: Weights of the layers by number of slots, between which is interpolated; {} for uniform budgets.
-    """
-
-    layers: Sequence[int]
-    num_key_value_heads: int
-    head_dim: int
-    width: int = 16
-    kernel_size: int = 5
-    depth: int = 1
-    learned_scores: bool = True
-    learned_merge: bool = True
-    max_log_mass: float = MAX_LOG_MASS
-    norms: Sequence[str] = ()
-    hidden_size: int = 0
-    budgets: dict[int, list[float]] = field(default_factory=dict)
-
-
-class Net(nn.Module):
-    """One layer's net: entries to numbers per entry, zero at the start."""
-
-    def __init__(self, settings: HeadSettings, outputs: int) -> None:
-        super().__init__()
-        h, d, width = settings.num_key_value_heads, settings.head_dim, settings.width
-        self.content = nn.Parameter(torch.randn(h, 2 * d, width) * (2 * d) ** -0.5)
-        self.facts = nn.Linear(FACTS, width)
-        self.head = nn.Parameter(torch.zeros(h, 1, width))
-        self.convolutions = nn.ModuleList(
-            nn.Conv1d(width, width, settings.kernel_size, padding=settings.kernel_size // 2)
-            for _ in range(settings.depth)
-        )
-        self.out = nn.Linear(width, outputs)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
-
-    def forward(self, content: Tensor, facts: Tensor) -> Tensor:
-        """Map (b h s 2d) and (b h s FACTS) to (outputs b h s)."""
-        return side_by_side([self], content, facts)[0]
-
-
-def side_by_side(nets: Sequence[Net], content: Tensor, facts: Tensor) -> list[Tensor]:
-    """Return what each of several nets of one shape says to the same entries, in one go."""
-    b, h, s, _ = content.shape
-    first = torch.cat([net.content for net in nets], -1)
-    weight, bias = (torch.cat([getattr(net.facts, name) for net in nets]) for name in ("weight", "bias"))
-    head = torch.cat([net.head for net in nets], -1)
-    hidden = nn.functional.silu(content @ first + nn.functional.linear(facts, weight, bias) + head)
-    for convolutions in zip(*(net.convolutions for net in nets), strict=True):
-        weight, bias = (torch.cat([getattr(each, name) for each in convolutions]) for name in ("weight", "bias"))
-        rows = hidden.view(b * h, s, -1).transpose(1, 2)
-        mixed = nn.functional.conv1d(rows, weight, bias, padding=weight.shape[-1] // 2, groups=len(nets))
-        hidden = nn.functional.silu(hidden + mixed.transpose(1, 2).view(b, h, s, -1))
-    parts = hidden.chunk(len(nets), -1)
-    return [net.out(part).permute(3, 0, 1, 2) for net, part in zip(nets, parts, strict=True)]
 
 
 class LearnedHeads(nn.Module):
@@ -118,6 +49,7 @@ class LearnedHeads(nn.Module):
         self.scorers = nn.ModuleDict({layer: Net(form, 1) for layer in layers if form.learned_scores})
         self.mergers = nn.ModuleDict({layer: Net(form, 2) for layer in layers if form.learned_merge})
         self.norms = NormDeltas(list(form.norms), form.hidden_size) if form.norms else None
+        self._joining = Joining()
         # Shown every layer's entries, and how many stay, before they are compressed; what it returns, (b h s), is the
         # least mass that they have.
         self.on_compress: OnCompress | None = None
@@ -185,7 +117,7 @@ class LearnedHeads(nn.Module):
         """Return what the layer's scorer and merger say, (1 b h s) and (2 b h s), None for one that is not there."""
         both = (self.scorers, self.mergers)
         there = [cast(Net, nets[layer]) for nets in both if layer in nets]
-        said = iter(side_by_side(there, content_of(entries), facts_of(entries, mass)) if there else ())
+        said = iter(self._joining(there)(content_of(entries), facts_of(entries, mass)) if there else ())
         return [next(said) if layer in nets else None for nets in both]
 
     def _weights(self, num_slots: int) -> list[float]:
@@ -212,24 +144,20 @@ def bonus_of(said: Tensor) -> Tensor:
 
 
 def content_of(entries: Entries) -> Tensor:
-    """Return the directions of keys (before RoPE) and values, each of length sqrt(d), (b h s 2d)."""
+    """Return the directions of keys (before RoPE) and values, each of length 1, (b h s 2d)."""
     values = nn.functional.normalize(entries.values.detach().float(), dim=-1)
-    both = torch.cat([entries.key_directions, values], -1)
-    return both * math.sqrt(both.shape[-1] / 2)
+    return torch.cat([entries.key_directions, values], -1)
 
 
 def facts_of(entries: Entries, mass: Tensor) -> Tensor:
     """Return what is known of each entry beside its content, all of order 1, (b h s FACTS)."""
     s = len(entries)
-    age = entries.positions.detach()[..., -1:] - entries.positions.detach()
+    positions = entries.positions.detach()
+    age = positions[..., -1:] - positions
     w = entries.queries.shape[3] if entries.queries is not None else s
-    columns = [
-        (mass * (s / mass.sum(-1, keepdim=True))).clamp(min=1e-4).log() / 2,
-        entries.log_mass.detach(),
-        age.add(1).log() / 4,
-        (-age / 32).exp(),
-        (age >= w).float(),
-        entries.keys.detach().float().norm(dim=-1).clamp(min=1e-6).log() / 2,
-        entries.values.detach().float().norm(dim=-1).clamp(min=1e-6).log() / 2,
-    ]
-    return torch.stack(columns, -1)
+    norms = [tensor.detach().float().norm(dim=-1) for tensor in (entries.keys, entries.values)]
+    sizes = torch.stack([mass * (s / mass.sum(-1, keepdim=True)), *norms, age + 1])
+    least, scale = (mass.new_tensor(each).view(4, 1, 1, 1) for each in LOGARITHMS)
+    weight, key, value, since = (sizes.maximum(least).log() * scale).unbind()
+    near, far = (age / -32).exp(), (age >= w).float()
+    return torch.stack([weight, entries.log_mass.detach(), since, near, far, key, value], -1)

@@ -4,11 +4,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lococo.entries import Entries, flat_index, rows_at
 
 # Cosine by which the last entry is preferred to the first: far above rounding, far below what tells keys apart.
 TIE_BREAK = 0.01
+
+# Numbers among which the largest is looked for at a time.
+BLOCK = 32
 
 # A slot stands for at most this many times its own mass, as a logarithm.
 MAX_LOG_MASS = 3.0
@@ -56,14 +60,16 @@ def merged_by_mass(
     b, h, _ = kept.shape
     slots = entries.take(kept)
     mass = mass.clamp(min=1e-9)
-    gone = torch.ones_like(mass, dtype=torch.bool).scatter_(2, kept, False).nonzero()[:, 2].view(b, h, -1)
-    anchor = _anchors(entries, gone, kept)
+    which = torch.ones_like(mass, dtype=torch.bool).scatter_(2, kept, False)
+    gone = which.nonzero()[:, 2].view(b, h, -1)
+    rows = flat_index(gone, len(entries))
+    anchor = _anchors(entries, rows, kept)
 
     own = mass.gather(2, kept)
     share = mass.gather(2, gone)
     total = own.scatter_add(2, anchor, share)
     weighted = (slots.values.float() * own[..., None]).flatten(0, 2)
-    added = (rows_at(entries.values, gone).float() * share[..., None]).flatten(0, 2)
+    added = (rows_at(entries.values, rows).float() * share[..., None]).flatten(0, 2)
     weighted = weighted.index_add(0, flat_index(anchor, kept.shape[-1]), added).view_as(slots.values)
     log_mass = slots.log_mass + (total / own).log()
     if gain is not None:
@@ -77,12 +83,24 @@ def merged_by_mass(
 
 
 def _anchors(entries: Entries, gone: Tensor, kept: Tensor) -> Tensor:
-    """Return which of the kept entries each of those that go is most similar to, (b h gone)."""
-    from_there, to_here = rows_at(entries.key_directions, gone), rows_at(entries.key_directions, kept)
+    """Return which of the kept entries, (b h m), each of those that go, a `flat_index`, is most similar to."""
+    s = len(entries)
+    from_there, to_here = (rows_at(entries.key_directions, rows) for rows in (gone, flat_index(kept, s)))
     # The same token twice has the same key in the first layer: the later one is taken, not what rounding prefers.
-    later = (TIE_BREAK / len(entries)) * kept[:, :, None]
+    later = (TIE_BREAK / s) * kept[:, :, None]
     similarity = torch.baddbmm(later.flatten(0, 1), from_there.flatten(0, 1), to_here.flatten(0, 1).transpose(1, 2))
-    return similarity.argmax(-1).view(gone.shape)
+    return largest(similarity).view(*kept.shape[:2], -1)
+
+
+def largest(rows: Tensor) -> Tensor:
+    """Return where each row of (n r c) is largest, (n r); as `argmax(-1)`, which reads every number one by one."""
+    n, r, c = rows.shape
+    if c % BLOCK:
+        rows = pad(rows, (0, -c % BLOCK), value=-torch.inf)
+    blocks = rows.view(n, r, -1, BLOCK)
+    block = blocks.amax(-1).argmax(-1, keepdim=True)
+    within = blocks.gather(2, block[..., None].expand(n, r, 1, BLOCK)).argmax(-1)
+    return (block * BLOCK + within).squeeze(-1)
 
 
 def _summed(entries: Entries, slots: Entries, gone: Tensor, anchor: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -333,14 +334,14 @@ def _groups(
     # A text of which little may be shared must not keep the others from sharing more.
     apart = [number for number in order if wanted[number].shareable < start + LEAST_SHARED]
     order = [number for number in order if wanted[number].shareable >= start + LEAST_SHARED]
-    shared, stop = cache, start
-    if order and (stop := _common(wanted, order)) > start:
+    shared, stop, rest = cache, start, []
+    if order and (same := _common(wanted, order)) >= start + LEAST_SHARED:
+        stop = same
         if apart:
             shared = fork(cache)
         prefill(model, torch.tensor([wanted[order[0]].ids[start:stop]]), shared)
-    rest = []
-    for group in _parted(wanted, order, stop) if order else ():
-        if len(group) > 1 and _common(wanted, group) - stop >= LEAST_SHARED:
+    for group in _parted(wanted, order, same) if order else ():
+        if any(_common(wanted, [*pair]) >= stop + LEAST_SHARED for pair in pairwise(group)):
             yield from _groups(model, fork(shared), stop, wanted, group, batch_size)
         else:
             rest += group

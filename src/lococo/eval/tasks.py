@@ -288,7 +288,10 @@ class Tasks:
             config.pop(name, None)
         names = [_text_of(document, number) for number, document in enumerate(asked)]
         too_long = choice.too_long or ("middle" if kind.long else "refuse")
-        return Task(choice, ConfigurableTask(config=config), kind.metric, too_long, names, [*examples, *asked])
+        task = ConfigurableTask(config=config)
+        # Written anew for every way of reading, many examples would take longer than the reading.
+        task.fewshot_context = _remembering(task.fewshot_context)
+        return Task(choice, task, kind.metric, too_long, names, [*examples, *asked])
 
     def _of_the_hub(self, choice: TaskChoice, kind: Kind | None) -> Task:
         """Let lm-evaluation-harness load a task and its data, of which the first rows are taken."""
@@ -306,6 +309,19 @@ class Tasks:
         most = self._most(choice)
         wanted = len(rows) if most is None else min(len(rows), most + choice.shots)
         return self._task(choice, kind, {**config, **NO_DATA}, documents + rows.take(wanted).to_list())
+
+
+def _remembering(write: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that gives what `write` gave before when it is called alike."""
+    known: dict[str, Any] = {}
+
+    def remembered(*args: Any, **kwargs: Any) -> Any:
+        key = repr((args, sorted(kwargs.items())))
+        if key not in known:
+            known[key] = write(*args, **kwargs)
+        return known[key]
+
+    return remembered
 
 
 def _config_of(name: str) -> dict[str, Any]:

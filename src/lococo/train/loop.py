@@ -20,7 +20,8 @@ from lococo.attachment import Attachment, attach, slot_layer_indices
 from lococo.cache import SlotCache
 from lococo.compressors import of_heads
 from lococo.compressors.heads import KINDS, Heads
-from lococo.compressors.learned import HeadSettings, LearnedHeads
+from lococo.compressors.learned import LearnedHeads
+from lococo.compressors.nets import HeadSettings
 from lococo.compressors.paper import PaperHeads
 from lococo.errors import ArgumentError, FileFormatError, TrainingError
 from lococo.facts import ModelFacts, weights_fingerprint

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from lococo.attachment import attach
 from lococo.cache import SlotCache
-from lococo.compressors.learned import FULL_SCORES_SLOTS, LearnedHeads, Net, content_of, facts_of, raised
+from lococo.compressors.learned import FULL_SCORES_SLOTS, LearnedHeads, content_of, facts_of, raised
+from lococo.compressors.nets import Net
 from lococo.compressors.selections import RECENT
 from lococo.entries import Entries
 from lococo.reader import prefill

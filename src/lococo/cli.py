@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lococo import measuring, verbs
+from lococo import evaluating, training, verbs
 from lococo.errors import ArgumentError, LococoError
 
 if TYPE_CHECKING:
@@ -26,14 +26,14 @@ VERBS: dict[str, Callable[..., None]] = {
     "ask": verbs.ask,
     "chat": verbs.chat,
     "inspect": verbs.inspect,
-    "train": measuring.train,
-    "ablate": measuring.ablate,
-    "eval perplexity": measuring.eval_perplexity,
-    "eval needle": measuring.eval_needle,
-    "eval suite": measuring.eval_suite,
-    "eval inside": measuring.eval_inside,
-    "report": measuring.report,
-    "bench": measuring.bench,
+    "train": training.train,
+    "ablate": training.ablate,
+    "eval perplexity": evaluating.eval_perplexity,
+    "eval needle": evaluating.eval_needle,
+    "eval suite": evaluating.eval_suite,
+    "eval inside": evaluating.eval_inside,
+    "report": evaluating.report,
+    "bench": evaluating.bench,
 }
 
 SHORT = {"output": "-o"}

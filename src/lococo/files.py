@@ -107,3 +107,22 @@ def check_output(path: Path, *, force: bool = False) -> None:
         raise ArgumentError(f"{path} exists already; choose another name, or replace it with --force")
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(errno.EACCES, "the folder cannot be written; choose another", str(path.parent))
+
+
+def output_file(name: str) -> Path:
+    """Return the path of a file to be made, which may replace an older one; raises what `check_output` does."""
+    path = Path(name).expanduser()
+    check_output(path, force=True)
+    return path
+
+
+def output_of_texts(data: str, name: str) -> Path:
+    """Return the path of a file to be made of a folder of texts.
+
+    Raises:
+        ArgumentError: If there is no such folder, or the file may not be replaced.
+        OSError: If the file cannot be written.
+    """
+    if not Path(data).expanduser().is_dir():
+        raise ArgumentError(f"--data {data}: no such folder; expected one with a subfolder per domain")
+    return output_file(name)

@@ -3,10 +3,14 @@
 Every field is a flag of the same name with dashes, and its line below is the flag's help.
 """
 
+import importlib.util
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lococo.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,12 @@ class ModelOptions:
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     device: str | None = None
     trust_remote_code: bool = False
+
+    def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """Load the model and its tokenizer; see `load_model`."""
+        from lococo.models import load_model
+
+        return load_model(self.model, dtype=self.dtype, device=self.device, trust_remote_code=self.trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -87,3 +97,13 @@ def check_at_least_one(**counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def check_extra(extra: str, *packages: str) -> None:
+    """Refuse what needs packages of an extra that are not installed.
+
+    Raises:
+        ArgumentError: Names them, and the extra.
+    """
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise ArgumentError(f"this needs {', '.join(missing)}; install `lococo[{extra}]`")

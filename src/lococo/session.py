@@ -4,7 +4,7 @@ import contextlib
 import time
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from lococo.cache import SlotCache, kv_nbytes
 from lococo.documents import encode_stream
 from lococo.errors import ArgumentError, FileFormatError, ModelError, WindowError
 from lococo.files import Text
-from lococo.models import DEFAULT_MODEL, load_model, model_id
+from lococo.models import DEFAULT_MODEL, model_id
 from lococo.options import AnswerOptions, ModelOptions, SlotOptions
 from lococo.progress import reading
 from lococo.prompts import Prompt, text_stream
@@ -124,7 +124,7 @@ class Reading:
 def opened(using: ModelOptions, slots: SlotOptions, *, loaded: Loaded | None = None) -> Iterator[Session]:
     """Load a model, unless it is loaded, and attach it; what can be checked without the model is checked first."""
     _check_compressor(slots)
-    model, tokenizer = loaded or _load(using)
+    model, tokenizer = loaded or using.load()
     budget = None
     if slots.budget != "own" and slots.compressor != "full":
         budget = slots_for(
@@ -171,16 +171,12 @@ def resumed(path: Path, using: ModelOptions) -> Iterator[tuple[Session, SlotCach
         yield Session(model, tokenizer, attachment, Prompt.of(tokenizer)), context.cache, context.token_ids, info
 
 
-def _load(using: ModelOptions) -> Loaded:
-    return load_model(using.model, dtype=using.dtype, device=using.device, trust_remote_code=using.trust_remote_code)
-
-
 def _load_named(info: ContextInfo, using: ModelOptions) -> Loaded:
     """Load the model that a context names, unless the user says where it is."""
     if using.model is not None or info.model == DEFAULT_MODEL:
-        return _load(using)
+        return using.load()
     try:
-        return load_model(info.model, dtype=using.dtype, device=using.device, trust_remote_code=using.trust_remote_code)
+        return replace(using, model=info.model).load()
     except ModelError as error:
         raise ModelError(
             f"{info.path} was made with the model {info.model}, which is not found under that name; "

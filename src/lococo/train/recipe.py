@@ -8,6 +8,9 @@ from lococo.errors import ArgumentError
 Heads = Literal["lococo", "lococo-paper"]
 Objective = Literal["distillation", "next-token", "attention"]
 
+# Documents of a data set of the hub that a training takes at most by default, and that an evaluation leaves out.
+TRAINING_DOCUMENTS = 10_000
+
 
 @dataclass(frozen=True)
 class Recipe:

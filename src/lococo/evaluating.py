@@ -1,10 +1,8 @@
-"""The verbs that train and measure: plain functions whose signatures and docstrings are their flags and help.
+"""The verbs that measure: plain functions whose signatures and docstrings are their flags and help.
 
 Nothing here imports torch before a verb runs. Every verb checks its files first, then loads the model, then measures.
 """
 
-import importlib.util
-import json as jsonlib
 import os
 import sys
 from functools import partial
@@ -12,16 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lococo.errors import ArgumentError
-from lococo.files import check_exists, check_output
-from lococo.options import ModelOptions, check_at_least_one
+from lococo.files import output_file, output_of_texts
+from lococo.options import ModelOptions, check_at_least_one, check_extra
 from lococo.results import results_file
-from lococo.train.recipe import Recipe
-from lococo.verbs import human
+from lococo.train.recipe import TRAINING_DOCUMENTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+# Documents of a data set of the hub that an evaluation takes.
+HELD_OUT_DOCUMENTS = 100
 
 
 def eval_perplexity(
@@ -60,12 +58,12 @@ def eval_perplexity(
     hub = [source for source in data if source.startswith("hf:")]
     if len(data) > 1 and len(hub) < len(data):
         raise ArgumentError(f"--data {' '.join(data)}: expected one folder, or data sets of the hub")
-    target = _output(json) if hub else _checked(data[0], json)
+    target = output_file(json) if hub else output_of_texts(data[0], json)
     from lococo.eval import perplexity
     from lococo.progress import counting
 
     texts = {source: _held_out(source) for source in hub} if hub else Path(data[0]).expanduser()
-    loaded, tokenizer = _loaded(model)
+    loaded, tokenizer = model.load()
     with results_file(target) as results, counting("windows") as progress:
         rows = perplexity.evaluate(
             loaded,
@@ -86,18 +84,6 @@ def eval_perplexity(
     from lococo.eval.tables import tables
 
     Console().print(*tables(rows))
-
-
-# Documents of a data set of the hub that a training takes at most by default, and that an evaluation takes after them.
-TRAINING_DOCUMENTS = 10_000
-HELD_OUT_DOCUMENTS = 100
-
-
-def _held_out(source: str) -> "list[Path]":
-    """Fetch documents of a data set of the hub that a training with the default settings does not see."""
-    from lococo.train.hub import fetch
-
-    return sorted(fetch(source, documents=HELD_OUT_DOCUMENTS, seed=0, skip=TRAINING_DOCUMENTS).iterdir())
 
 
 def eval_needle(
@@ -127,14 +113,14 @@ def eval_needle(
         model: Which model reads.
     """
     check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, trials=trials, lengths=min(lengths))
-    target = _checked(data, json)
+    target = output_of_texts(data, json)
     from rich.console import Console
 
     from lococo.eval import needle
     from lococo.eval.tables import accuracy_table
     from lococo.progress import counting
 
-    loaded, tokenizer = _loaded(model)
+    loaded, tokenizer = model.load()
     with results_file(target) as results, counting("trials") as progress:
         rows = needle.evaluate(
             loaded,
@@ -189,7 +175,7 @@ def eval_suite(
     folder = Path(output).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"--output {output} is a file; name a folder")
-    _check_extra("eval", "lm_eval", "rouge_score")
+    check_extra("eval", "lm_eval", "rouge_score")
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars, several for every row
     from rich.console import Console
 
@@ -200,7 +186,7 @@ def eval_suite(
     choices = [TaskChoice.of(task) for task in tasks]
     folder.mkdir(parents=True, exist_ok=True)
     say = partial(print, file=sys.stderr)
-    loaded, tokenizer = _loaded(model)
+    loaded, tokenizer = model.load()
     ways = suite.readings(loaded, compressor, num_slots, chunk_size)
     copies = None if data_dir is None else Path(data_dir).expanduser()
     known = Tasks(tokenizer, data=copies, text=partial(_pieces, text), limit=limit)
@@ -236,12 +222,10 @@ def eval_inside(
         model: Which model reads.
     """
     check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, tokens=tokens)
-    target = Path(json).expanduser()
-    check_output(target, force=True)
-    picture = None if plot is None else Path(plot).expanduser()
+    target = output_file(json)
+    picture = None if plot is None else output_file(plot)
     if picture is not None:
-        check_output(picture, force=True)
-        _check_extra("eval", "matplotlib")
+        check_extra("eval", "matplotlib")
     from lococo.files import text_of
 
     text = text_of(file)
@@ -251,7 +235,7 @@ def eval_inside(
     from lococo.eval import inside, plots
     from lococo.progress import counting
 
-    loaded, tokenizer = _loaded(model)
+    loaded, tokenizer = model.load()
     ids = list(islice(chain.from_iterable(encode_stream(tokenizer, text.pieces)), tokens))
     with results_file(target) as results, counting("tokens") as progress:
         rows = inside.evaluate(
@@ -266,120 +250,6 @@ def eval_inside(
         )
     if picture is not None:
         plots.save(plots.inside(rows), picture)
-
-
-def _pieces(folder: str | None) -> "Iterable[str]":
-    """Return the text of a folder, or the demo's, in pieces."""
-    from lococo.corpora import texts_of
-    from lococo.documents import demo_text
-
-    if folder is None:
-        return [demo_text()]
-    files = sorted(path for path in Path(folder).expanduser().rglob("*") if path.suffix in (".txt", ".jsonl"))
-    return (piece for file in files for text in texts_of(file) for piece in text)
-
-
-def train(
-    *,
-    output: str,
-    data: tuple[str, ...] = (),
-    documents: int = TRAINING_DOCUMENTS,
-    save_every: int = 20,
-    logs: str | None = None,
-    json: bool = False,
-    recipe: Recipe,
-    model: ModelOptions,
-) -> None:
-    """Train compression heads for a model whose own weights stay as they are.
-
-    Args:
-        output: Folder for the heads; a training that was stopped goes on from the checkpoint in it.
-        data: Folders of .txt or .jsonl files, their subfolders being domains, of which only the part named train is
-            read; data sets of the hub such as hf:owner/name or hf:owner/name:subset; Python's own library by default.
-        documents: Taken of each data set of the hub, at most.
-        save_every: Steps between checkpoints.
-        logs: Folder for TensorBoard's logs.
-        json: Print one JSON object on stdout at the end, and everything else on stderr.
-        recipe: How the heads are trained.
-        model: Which model they are for.
-    """
-    check_at_least_one(save_every=save_every, documents=documents)
-    for source in data:
-        if not source.startswith("hf:") and not Path(source).expanduser().is_dir():
-            raise ArgumentError(f"--data {source}: no such folder; expected one with text files, or hf:owner/name")
-    target = Path(output).expanduser()
-    if target.exists() and not target.is_dir():
-        raise ArgumentError(f"--output {output} is a file; name a folder")
-    if (target / "config.json").exists():
-        raise ArgumentError(f"--output {output} holds heads already; name another folder, or delete them")
-    _check_extra("train", "accelerate", *(["datasets"] if any(s.startswith("hf:") for s in data) else []))
-    from lococo.train.progress import final_table, steps
-    from lococo.train.run import train as run_training
-
-    loaded, tokenizer = _loaded(model)
-    folder = Path(logs).expanduser() if logs is not None and _first_process() else None
-    with steps(recipe.steps, folder, quiet=not _first_process()) as (say, after_step):
-        figures = run_training(
-            loaded,
-            tokenizer,
-            recipe,
-            target,
-            data=data,
-            documents=documents,
-            save_every=save_every,
-            say=say,
-            after_step=after_step,
-        )
-    if not _first_process():
-        return
-    from rich.console import Console
-
-    Console(file=human(json)).print(final_table(figures))
-    if json:
-        print(jsonlib.dumps(figures))
-
-
-def ablate(table: str, *, data: str, output: str, json: str, plot: str | None = None, model: ModelOptions) -> None:
-    """Train and measure a table of ablations: one part of the heads changed at a time, on the same text.
-
-    Args:
-        table: YAML with the common recipe, where heads are measured, and rows; see recipes/ablations.yaml.
-        data: One subfolder per domain, of .txt or .jsonl files, with parts named train and val.
-        output: Folder for the heads; what is done there already is not done again.
-        json: File for the results, one JSON object per line; replaced once all are there.
-        plot: Picture to draw of them, such as ablations.svg.
-        model: Which model the heads are for.
-    """
-    path = Path(table).expanduser()
-    check_exists(path, "a table of ablations in YAML")
-    target = _checked(data, json)
-    picture = None if plot is None else Path(plot).expanduser()
-    if picture is not None:
-        check_output(picture, force=True)
-    from rich.console import Console
-
-    _check_extra("train", "accelerate")
-    if picture is not None:
-        _check_extra("eval", "matplotlib")
-    from lococo.eval import ablations, plots
-    from lococo.eval.tables import ablation_table
-
-    rows = ablations.read_table(path)
-    loaded, tokenizer = _loaded(model)
-    with results_file(target) as results:
-        ablations.run(
-            rows,
-            loaded,
-            tokenizer,
-            data=Path(data).expanduser(),
-            output=Path(output).expanduser(),
-            results=results,
-            say=partial(print, file=sys.stderr),
-        )
-    made = ablations.summary(results.rows)
-    Console().print(ablation_table(made))
-    if picture is not None:
-        plots.save(plots.ablations(made), picture)
 
 
 def bench(
@@ -409,8 +279,7 @@ def bench(
     """
     check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, repeats=repeats, decode_tokens=decode_tokens)
     check_at_least_one(lengths=min(lengths))
-    target = Path(json).expanduser()
-    check_output(target, force=True)
+    target = output_file(json)
     from rich.console import Console
 
     from lococo.bench import measure
@@ -447,10 +316,9 @@ def report(results: list[str], *, output: str, baseline: str = "full") -> None:
         output: The HTML file, replaced if it is there.
         baseline: Compressor that the others are compared with, paired.
     """
-    target = Path(output).expanduser()
-    check_output(target, force=True)
+    target = output_file(output)
     sources = [Path(result).expanduser() for result in results]
-    _check_extra("eval", "matplotlib")
+    check_extra("eval", "matplotlib")
     from lococo.atomic import write_atomically
     from lococo.eval.report import report as made
 
@@ -458,31 +326,19 @@ def report(results: list[str], *, output: str, baseline: str = "full") -> None:
     print(target)
 
 
-def _checked(data: str, json: str) -> Path:
-    """Refuse a folder of texts that is not there, and a file that cannot be written; return the latter."""
-    if not Path(data).expanduser().is_dir():
-        raise ArgumentError(f"--data {data}: no such folder; expected one with a subfolder per domain")
-    return _output(json)
+def _held_out(source: str) -> "list[Path]":
+    """Fetch documents of a data set of the hub that a training with the default settings does not see."""
+    from lococo.train.hub import fetch
+
+    return sorted(fetch(source, documents=HELD_OUT_DOCUMENTS, seed=0, skip=TRAINING_DOCUMENTS).iterdir())
 
 
-def _output(json: str) -> Path:
-    target = Path(json).expanduser()
-    check_output(target, force=True)
-    return target
+def _pieces(folder: str | None) -> "Iterable[str]":
+    """Return the text of a folder, or the demo's, in pieces."""
+    from lococo.corpora import texts_of
+    from lococo.documents import demo_text
 
-
-def _first_process() -> bool:
-    """Tell whether this process speaks for all that `torchrun` or `accelerate launch` have started."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _check_extra(extra: str, *packages: str) -> None:
-    """Refuse what needs packages of an extra that are not installed."""
-    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise ArgumentError(f"this needs {', '.join(missing)}; install `lococo[{extra}]`")
-
-
-def _loaded(model: ModelOptions) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    from lococo.models import load_model
-
-    return load_model(model.model, dtype=model.dtype, device=model.device, trust_remote_code=model.trust_remote_code)
+    if folder is None:
+        return [demo_text()]
+    files = sorted(path for path in Path(folder).expanduser().rglob("*") if path.suffix in (".txt", ".jsonl"))
+    return (piece for file in files for text in texts_of(file) for piece in text)

@@ -1,0 +1,123 @@
+"""The verbs that train: plain functions whose signatures and docstrings are their flags and help.
+
+Nothing here imports torch before a verb runs. Every verb checks its files first, then loads the model, then trains.
+"""
+
+import json as jsonlib
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+from lococo.errors import ArgumentError
+from lococo.files import check_exists, output_file, output_of_texts
+from lococo.options import ModelOptions, check_at_least_one, check_extra
+from lococo.results import results_file
+from lococo.train.recipe import TRAINING_DOCUMENTS, Recipe
+from lococo.verbs import human
+
+
+def train(
+    *,
+    output: str,
+    data: tuple[str, ...] = (),
+    documents: int = TRAINING_DOCUMENTS,
+    save_every: int = 20,
+    logs: str | None = None,
+    json: bool = False,
+    recipe: Recipe,
+    model: ModelOptions,
+) -> None:
+    """Train compression heads for a model whose own weights stay as they are.
+
+    Args:
+        output: Folder for the heads; a training that was stopped goes on from the checkpoint in it.
+        data: Folders of .txt or .jsonl files, their subfolders being domains, of which only the part named train is
+            read; data sets of the hub such as hf:owner/name or hf:owner/name:subset; Python's own library by default.
+        documents: Taken of each data set of the hub, at most.
+        save_every: Steps between checkpoints.
+        logs: Folder for TensorBoard's logs.
+        json: Print one JSON object on stdout at the end, and everything else on stderr.
+        recipe: How the heads are trained.
+        model: Which model they are for.
+    """
+    check_at_least_one(save_every=save_every, documents=documents)
+    for source in data:
+        if not source.startswith("hf:") and not Path(source).expanduser().is_dir():
+            raise ArgumentError(f"--data {source}: no such folder; expected one with text files, or hf:owner/name")
+    target = Path(output).expanduser()
+    if target.exists() and not target.is_dir():
+        raise ArgumentError(f"--output {output} is a file; name a folder")
+    if (target / "config.json").exists():
+        raise ArgumentError(f"--output {output} holds heads already; name another folder, or delete them")
+    check_extra("train", "accelerate", *(["datasets"] if any(s.startswith("hf:") for s in data) else []))
+    from lococo.train.progress import final_table, steps
+    from lococo.train.run import train as run_training
+
+    loaded, tokenizer = model.load()
+    folder = Path(logs).expanduser() if logs is not None and _first_process() else None
+    with steps(recipe.steps, folder, quiet=not _first_process()) as (say, after_step):
+        figures = run_training(
+            loaded,
+            tokenizer,
+            recipe,
+            target,
+            data=data,
+            documents=documents,
+            save_every=save_every,
+            say=say,
+            after_step=after_step,
+        )
+    if not _first_process():
+        return
+    from rich.console import Console
+
+    Console(file=human(json)).print(final_table(figures))
+    if json:
+        print(jsonlib.dumps(figures))
+
+
+def ablate(table: str, *, data: str, output: str, json: str, plot: str | None = None, model: ModelOptions) -> None:
+    """Train and measure a table of ablations: one part of the heads changed at a time, on the same text.
+
+    Args:
+        table: YAML with the common recipe, where heads are measured, and rows; see recipes/ablations.yaml.
+        data: One subfolder per domain, of .txt or .jsonl files, with parts named train and val.
+        output: Folder for the heads; what is done there already is not done again.
+        json: File for the results, one JSON object per line; replaced once all are there.
+        plot: Picture to draw of them, such as ablations.svg.
+        model: Which model the heads are for.
+    """
+    path = Path(table).expanduser()
+    check_exists(path, "a table of ablations in YAML")
+    target = output_of_texts(data, json)
+    picture = None if plot is None else output_file(plot)
+    from rich.console import Console
+
+    check_extra("train", "accelerate")
+    if picture is not None:
+        check_extra("eval", "matplotlib")
+    from lococo.eval import ablations, plots
+    from lococo.eval.tables import ablation_table
+
+    rows = ablations.read_table(path)
+    loaded, tokenizer = model.load()
+    with results_file(target) as results:
+        ablations.run(
+            rows,
+            loaded,
+            tokenizer,
+            data=Path(data).expanduser(),
+            output=Path(output).expanduser(),
+            results=results,
+            say=partial(print, file=sys.stderr),
+        )
+    made = ablations.summary(results.rows)
+    Console().print(ablation_table(made))
+    if picture is not None:
+        plots.save(plots.ablations(made), picture)
+
+
+def _first_process() -> bool:
+    """Tell whether this process speaks for all that `torchrun` or `accelerate launch` have started."""
+    return os.environ.get("RANK", "0") == "0"

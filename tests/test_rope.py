@@ -4,7 +4,7 @@ from families import FAMILIES, tiny
 from torch import nn
 
 from lococo.errors import UnsupportedModelError
-from lococo.rope import Rotary, modeling_function
+from lococo.rope import TABLE, Rotary, modeling_function
 
 ROTATING = [family for family in FAMILIES if family != "gpt2"]
 
@@ -49,6 +49,42 @@ def test_unrotating_leaves_the_scale_of_the_model(family):
     width = cos.shape[-1]
     expected = torch.cat([raw[..., :width] * factor, raw[..., width:]], -1)
     torch.testing.assert_close(rotary.rotate(rotated, -torch.arange(4.0)[None, None]), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ROTATING)
+def test_angles_of_a_table_are_those_that_are_computed(family, monkeypatch):
+    model, x = tiny(family), torch.randn(2, 3, 6, 12)
+    delta = torch.tensor([1.0 - TABLE, -800, -1, 0, 17, TABLE - 1]).expand(2, 3, 6)
+    looked_up = Rotary(model.base_model).of_layer(1).rotate(x, delta)
+    monkeypatch.setattr("lococo.rope.TABLE", 0)
+    computed = Rotary(model.base_model).of_layer(1).rotate(x, delta)
+    torch.testing.assert_close(looked_up, computed, atol=1e-6, rtol=0)
+
+
+def test_a_table_made_while_inferring_serves_gradients():
+    rotary, delta = Rotary(tiny().base_model).of_layer(0), torch.ones(1, 1, 3)
+    with torch.inference_mode():
+        rotary.rotate(torch.randn(1, 1, 3, 12), delta)
+        rotary.matrix(8.0, 12, torch.device("cpu"))
+    x = torch.randn(1, 1, 3, 12, requires_grad=True)
+    (rotary.rotate(x, delta) @ rotary.matrix(8.0, 12, x.device)).sum().backward()
+    assert x.grad is not None
+
+
+def test_a_model_that_changes_its_frequencies_is_asked_again():
+    model = tiny()
+    rotary, x, delta = Rotary(model.base_model).of_layer(0), torch.randn(1, 1, 3, 12), torch.full((1, 1, 1), 5.0)
+    rotary.rotate(x, delta), rotary.matrix(5.0, 12, x.device)
+    embedding = model.base_model.rotary_emb
+    before = embedding.inv_freq
+    try:
+        embedding.inv_freq = before / 2
+        halved = rotary.rotate(x, delta)
+        torch.testing.assert_close(halved, Rotary(model.base_model).of_layer(0).rotate(x, delta))
+        torch.testing.assert_close(halved, x @ rotary.matrix(5.0, 12, x.device))
+    finally:
+        embedding.inv_freq = before
+    assert not torch.allclose(rotary.rotate(x, delta), halved)
 
 
 def test_a_model_without_rope_gets_the_identity():

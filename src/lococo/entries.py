@@ -12,6 +12,9 @@ from lococo.rope import LayerRotary
 # Rows of an attention map that are held at once: (b h QUERY_ROWS s) floats.
 QUERY_ROWS = 384
 
+# Least length of a key or value that is divided by it.
+TINY = 1e-12
+
 # Floats of the widest vectors that processors have.
 LANES = 16
 
@@ -70,7 +73,17 @@ class Entries:
     @cached_property
     def key_directions(self) -> Tensor:
         """The keys before RoPE, each of length 1, (b h s d), float32, without gradient."""
-        return torch.nn.functional.normalize(self.unrotated_keys.detach().float(), dim=-1)
+        return self.unrotated_keys.detach().float() / self.key_norms[..., None]
+
+    @cached_property
+    def key_norms(self) -> Tensor:
+        """The keys' lengths, (b h s), float32, without gradient; never 0."""
+        return self.keys.detach().float().norm(dim=-1).clamp(min=TINY)
+
+    @cached_property
+    def value_norms(self) -> Tensor:
+        """The values' lengths, (b h s), float32, without gradient; never 0."""
+        return self.values.detach().float().norm(dim=-1).clamp(min=TINY)
 
     def chunk_mass(self, last: int | None = None) -> Tensor:
         """Return the mass that the last chunk's own (causal) attention gave each entry, (b h s).

@@ -309,11 +309,11 @@ def bench(
 
 
 def report(results: list[str], *, output: str, baseline: str = "full") -> None:
-    """Turn results into one HTML file with tables, plots and intervals, which needs no network.
+    """Turn results into one HTML file with tables, plots and intervals, which needs no network, or into Markdown.
 
     Args:
         results: .jsonl files of the other verbs, or folders of them.
-        output: The HTML file, replaced if it is there.
+        output: The HTML file, replaced if it is there; only the tables if its name ends in .md.
         baseline: Compressor that the others are compared with, paired.
     """
     target = output_file(output)
@@ -322,7 +322,8 @@ def report(results: list[str], *, output: str, baseline: str = "full") -> None:
     from lococo.atomic import write_atomically
     from lococo.eval.report import report as made
 
-    write_atomically(target, made(sources, baseline=baseline).encode())
+    form: Literal["html", "md"] = "md" if target.suffix == ".md" else "html"
+    write_atomically(target, made(sources, baseline=baseline, form=form).encode())
     print(target)
 
 

@@ -1,10 +1,18 @@
 import math
 from dataclasses import replace
 
+import pytest
 import torch
 from test_base import entries_of
 
-from lococo.compressors.mass_merge import TIE_BREAK, MassMerge
+from lococo.compressors.mass_merge import BLOCK, TIE_BREAK, MassMerge, largest
+
+
+@pytest.mark.parametrize("columns", [1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK])
+def test_the_largest_is_found_block_by_block(columns):
+    rows = torch.randn(3, 7, columns)
+    assert torch.equal(largest(rows), rows.argmax(-1))
+    assert torch.equal(largest(-rows.abs() - 1e30), (-rows.abs() - 1e30).argmax(-1))
 
 
 def naive_merge(entries, kept, max_log_mass):

@@ -16,6 +16,7 @@ from lococo.results import Results
 pytest.importorskip("lm_eval")
 
 from datasets import Dataset, DatasetDict
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate as ask
 from lm_eval.models.huggingface import HFLM
 
@@ -143,6 +144,15 @@ def test_heads_without_training_are_the_same_every_time(reader):
         torch.rand(1)  # moves the generator on
         prints.add(lococo.attach(reader[1], "lococo-paper", num_slots=32, chunk_size=16).fingerprint())
     assert len(prints) == 1
+
+
+def test_examples_are_written_once_for_all_ways_of_reading(reader, data, monkeypatch):
+    written, write = [], ConfigurableTask.fewshot_context
+    monkeypatch.setattr(
+        ConfigurableTask, "fewshot_context", lambda *args, **more: written.append(1) or write(*args, **more)
+    )
+    rows = measured(reader, ready(reader, data, [{"name": "squad", "shots": 1}]), "h2o")
+    assert (len(rows), len(written)) == (3, 2)
 
 
 def test_examples_are_not_asked_and_few_questions_are_about_one_text(reader, data):

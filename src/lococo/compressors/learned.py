@@ -145,7 +145,7 @@ def bonus_of(said: Tensor) -> Tensor:
 
 def content_of(entries: Entries) -> Tensor:
     """Return the directions of keys (before RoPE) and values, each of length 1, (b h s 2d)."""
-    values = nn.functional.normalize(entries.values.detach().float(), dim=-1)
+    values = entries.values.detach().float() / entries.value_norms[..., None]
     return torch.cat([entries.key_directions, values], -1)
 
 
@@ -155,8 +155,8 @@ def facts_of(entries: Entries, mass: Tensor) -> Tensor:
     positions = entries.positions.detach()
     age = positions[..., -1:] - positions
     w = entries.queries.shape[3] if entries.queries is not None else s
-    norms = [tensor.detach().float().norm(dim=-1) for tensor in (entries.keys, entries.values)]
-    sizes = torch.stack([mass * (s / mass.sum(-1, keepdim=True)), *norms, age + 1])
+    relative = mass * (s / mass.sum(-1, keepdim=True))
+    sizes = torch.stack([relative, entries.key_norms, entries.value_norms, age + 1])
     least, scale = (mass.new_tensor(each).view(4, 1, 1, 1) for each in LOGARITHMS)
     weight, key, value, since = (sizes.maximum(least).log() * scale).unbind()
     near, far = (age / -32).exp(), (age >= w).float()

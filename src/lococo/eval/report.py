@@ -1,11 +1,11 @@
-"""One HTML file of all results in a folder, that needs nothing beside it."""
+"""One file of all results in a folder: HTML that needs nothing beside it, or its tables in Markdown."""
 
 import difflib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 
@@ -34,12 +34,13 @@ class Part:
     versions: list[str]
 
 
-def report(sources: Sequence[Path], *, baseline: str = plots.FULL) -> str:
-    """Return the report of files of rows as HTML.
+def report(sources: Sequence[Path], *, baseline: str = plots.FULL, form: Literal["html", "md"] = "html") -> str:
+    """Return the report of files of rows.
 
     Args:
         sources: .jsonl files, and folders of them.
         baseline: The compressor that others are compared with, paired.
+        form: html, with pictures; md for Markdown, the tables alone.
 
     Raises:
         ArgumentError: If no row is of the baseline.
@@ -65,23 +66,27 @@ def report(sources: Sequence[Path], *, baseline: str = plots.FULL) -> str:
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ArgumentError(f"no result is of {baseline!r}; expected one of {', '.join(sorted(named))}{hint}")
     parts = sorted(
-        (part for file, name in files.items() for part in _parts(rows[file], name, baseline)),
+        (part for file, name in files.items() for part in _parts(rows[file], name, baseline, form == "html")),
         key=lambda part: part.section.rank,
     )
     if not parts:
         raise DocumentError(f"{', '.join(map(str, files))}: no rows of `lococo eval`, `ablate` or `bench`")
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("lococo.eval", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("lococo.eval", "."),
+        autoescape=form == "html",
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    return environment.get_template("report.html.jinja").render(parts=parts, baseline=baseline)
+    return environment.get_template(f"report.{form}.jinja").render(parts=parts, baseline=baseline)
 
 
-def _parts(rows: list[Row], name: str, baseline: str) -> Iterator[Part]:
+def _parts(rows: list[Row], name: str, baseline: str, drawn: bool) -> Iterator[Part]:
     about = [row[ABOUT] for row in rows if ABOUT in row]
     commands = list(dict.fromkeys(each["command"] for each in about))
     versions = list(dict.fromkeys(", ".join(f"{k} {v}" for k, v in each["versions"].items()) for each in about))
     for number, section in enumerate(sections(rows, baseline)):
-        picture = "" if section.picture is None else plots.svg(section.picture(), f"{name}{number}")
+        picture = "" if section.picture is None or not drawn else plots.svg(section.picture(), f"{name}{number}")
         yield Part(name, section, picture, commands, versions)
 
 

@@ -8,6 +8,7 @@ from lococo.cache import fork
 from lococo.compressors import PAIRS, MassMerge, Selection, SelectMerge
 from lococo.compressors.selections import recency
 from lococo.errors import ArgumentError, LococoError, WindowError
+from lococo.slot_layer import SlotLayer
 
 LEARNING_FREE = [*PAIRS, "h2o+mass-merge", "streaming-llm+mass-merge"]
 
@@ -164,6 +165,32 @@ def test_layers_may_have_different_numbers_of_slots():
         index = layer.token_index[0, 0, : layer.filled[0]]
         assert (index.diff() > 0).all()
         assert index[-fresh:].tolist() == list(range(151 - fresh, 151))
+
+
+@pytest.mark.parametrize("budgets", [[20, 70, 33, 37], [70, 37, 33, 20]])
+@pytest.mark.parametrize("pads", [[0], [0, 13, 60]])
+@pytest.mark.parametrize("compressor", ["streaming-llm", "mass-merge"])
+@torch.no_grad()
+def test_layers_of_every_width_are_masked_alike(compressor, pads, budgets, monkeypatch):
+    shared, widths = SlotLayer.shared_bias, []
+
+    def checked(layer, query):
+        bias = shared(layer, query)
+        if bias is not None:
+            widths.append(bias.shape[-1])
+            hidden = torch.arange(widths[-1]) >= layer.visible()[..., None]
+            expected = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)[:, None]
+            if layer.carries_mass:
+                expected = expected + layer.log_mass[:, :, None, : widths[-1]]
+            assert torch.equal(bias, expected)
+        return bias
+
+    monkeypatch.setattr(SlotLayer, "shared_bias", checked)
+    ids, mask = left_padded(tokens(len(pads), 150), pads)
+    model = tiny()
+    with lococo.attach(model, compressor, slots_per_layer=budgets, chunk_size=16) as slots:
+        model(ids, attention_mask=mask, past_key_values=slots.new_cache())
+    assert len(set(widths)) > len(budgets)
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,8 @@ class Entries:
     @cached_property
     def key_directions(self) -> Tensor:
         """The keys before RoPE, each of length 1, (b h s d), float32, without gradient."""
-        return self.unrotated_keys.detach().float() / self.key_norms[..., None]
+        # Not of the keys' dtype in between: rounding would make lengths, and with them cosines, differ from key to key.
+        return self.rotary.rotate(self.keys.detach().float(), -self.positions) / self.key_norms[..., None]
 
     @cached_property
     def key_norms(self) -> Tensor:
@@ -159,7 +160,8 @@ def attention_mass(
     b, h, g, q, d = queries.shape
     count = keys.shape[2]
     # Rows that do not end where a vector ends cost a tenth more (docs/log.md): the rest is entries that nobody sees.
-    rest = -count % LANES
+    # A single query gains nothing by it.
+    rest = -count % LANES if g * q > LANES else 0
     s = count + rest
     if rest:
         keys, log_mass = pad(keys, (0, 0, 0, rest)), pad(log_mass, (0, rest), value=-torch.inf)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from lococo.errors import UnsupportedModelError
 
-# Rotations by fewer whole positions than this come out of a table of (2 * TABLE d) floats per type of layer.
+# Rotations by fewer whole positions come out of a table per type of layer, of cos and sin of 2 * TABLE - 1 angles.
 TABLE = 4096
 
 

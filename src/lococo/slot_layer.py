@@ -162,7 +162,7 @@ class SlotLayer(CacheLayerMixin):
             self.chunk.biases[key] = bias
         bias = bias[..., bias.shape[-1] - width :]
         if not self.carries_mass:
-            return bias
+            return bias.contiguous()  # kernels on a GPU want a mask to begin where a vector begins
         return bias + self.log_mass[:, :, None, :width].to(query.dtype)
 
     @torch.no_grad()

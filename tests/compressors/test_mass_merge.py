@@ -55,10 +55,12 @@ def test_merging_equals_the_naive_loop():
     assert (slots.log_mass == 1.5).any()
 
 
-def test_an_entry_whose_key_repeats_stays_its_own_anchor():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_entry_whose_key_repeats_stays_its_own_anchor(dtype):
     entries = entries_of("mass-merge")
     same = entries.unrotated_keys[:, :, :1].expand_as(entries.keys)
-    entries = replace(entries, keys=entries.rotary.rotate(same, entries.positions))
+    keys = entries.rotary.rotate(same, entries.positions)
+    entries = replace(entries, keys=keys.to(dtype), values=entries.values.to(dtype))
     kept = torch.arange(60)[None, None, ::2].expand(2, 2, -1)
     slots = MassMerge()(entries, kept, entries.future_mass, 1)
     # all dropped entries go to the last kept one, the others are untouched

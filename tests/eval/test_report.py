@@ -1,3 +1,4 @@
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -91,15 +92,23 @@ def test_a_report_is_well_formed_and_needs_nothing_beside_it(tmp_path):
     assert made == report([tmp_path / "suite.jsonl"])
 
 
-def test_a_report_in_markdown_has_the_same_tables(tmp_path, capsys):
-    rows = [score("full", None, [1.0, 0.5]), score("h2o", 32, [0.5, 0.5]), score("lococo", 32, [1.0, 0.0])]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert cli.main(["report", str(tmp_path / "a.jsonl"), "-o", str(tmp_path / "a.md")]) == 0
-    text = (tmp_path / "a.md").read_text()
-    tables = [part.strip().splitlines() for part in text.split("\n\n") if part.startswith("|")]
-    assert all({line.count("|") for line in table} == {table[0].count("|")} for table in tables)
-    shown = "".join(line for table in tables for line in table)
-    assert all(name in shown for name in ("| full", "| h2o", "| lococo")) and "<" not in shown
+def test_a_report_in_markdown_has_the_same_tables(tmp_path):
+    rows = [score("full", None, [1.0, 0.5]), score("h2o+<x>|drop", 32, [0.5, 0.5]), score("lococo", 32, [1.0, 0.0])]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert cli.main(["report", str(file), "-o", str(tmp_path / "a.md")]) == 0
+    written = (tmp_path / "a.md").read_text()
+    found = [part.strip().splitlines() for part in written.split("\n\n") if part.startswith("|")]
+    sheets = [sheet for section in sections.sections(rows) for sheet in section.sheets]
+    assert len(found) == len(sheets) > 1
+    for sheet, (headings, rule, *lines) in zip(sheets, found, strict=True):
+        assert f"**{sheet.caption}**" in written
+        assert rule == "|" + "---|" * len(sheet.headings)
+        shown = [
+            [html.unescape(cell).strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in [headings, *lines]
+        ]
+        plain = [[re.sub(r"\\(.)", r"\1", cell) for cell in line] for line in shown]
+        assert plain == [sheet.headings, *([cell.text for cell in line] for line in sheet.lines)]
 
 
 def test_the_report_says_where_heads_are_behind(tmp_path):

@@ -125,7 +125,10 @@ class Joined:
 
 
 class Joining:
-    """Joins nets anew when gradients are wanted or their weights have changed, and otherwise once."""
+    """Joins nets anew when gradients are wanted or their weights have changed, and otherwise once.
+
+    What is written through a weight's `.data` is not noticed; write to the weight itself, under `torch.no_grad()`.
+    """
 
     def __init__(self) -> None:
         self._made: dict[tuple[Net, ...], tuple[list[tuple[int, int]], Joined]] = {}
@@ -133,9 +136,10 @@ class Joining:
     def __call__(self, nets: Sequence[Net]) -> Joined:
         """Return the nets as one."""
         weights = [weight for net in nets for weight in net.parameters()]
-        if torch.is_grad_enabled() and any(weight.requires_grad for weight in weights):
+        wanted = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights)
+        if wanted or any(weight.is_inference() for weight in weights):  # which do not say when they change
             return Joined.of(nets)
-        state = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
+        state = [(weight.data_ptr(), weight._version) for weight in weights]
         known = self._made.get(tuple(nets))
         if known is None or known[0] != state:
             known = self._made[tuple(nets)] = (state, Joined.of(nets))

@@ -144,6 +144,16 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
                 slots_per_layer=spread,
             )
         self.attachment = attachment
+        self._counts = False
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Return what `_loglikelihood_tokens` does for the strings of requests, without lm-eval's bar of tokenising."""
+        self._counts = not disable_tqdm
+        try:
+            scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        finally:
+            self._counts = False
+        return scored
 
     def _loglikelihood_tokens(
         self,
@@ -179,7 +189,7 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
         self._say_truncated()
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         done = 0
-        with self.attachment, _counting("answers scored", disable_tqdm) as progress:
+        with self.attachment, _counting("answers scored", disable_tqdm and not self._counts) as progress:
             for cache, start, group in self._groups(wanted, override_bs):
                 rows = [wanted[number].ids[start:] for number in group]
                 targets = [[*row[1:], requests[number][2][-1]] for number, row in zip(group, rows, strict=True)]
@@ -330,19 +340,20 @@ def groups(
 def _groups(
     model: PreTrainedModel, cache: Cache, start: int, wanted: Sequence[Wanted], order: list[int], batch_size: int
 ) -> Iterator[tuple[Cache, int, list[int]]]:
-    """Go on from a cache that holds the first `start` tokens of all texts in `order`, which is sorted by tokens."""
+    """Go on from a cache that holds the first `start` tokens of all texts in `order`, which is sorted by tokens.
+
+    The cache stays as it is: what is read goes into copies of it.
+    """
     # A text of which little may be shared must not keep the others from sharing more.
     apart = [number for number in order if wanted[number].shareable < start + LEAST_SHARED]
     order = [number for number in order if wanted[number].shareable >= start + LEAST_SHARED]
     shared, stop, rest = cache, start, []
     if order and (same := _common(wanted, order)) >= start + LEAST_SHARED:
-        stop = same
-        if apart:
-            shared = fork(cache)
+        shared, stop = fork(cache), same
         prefill(model, torch.tensor([wanted[order[0]].ids[start:stop]]), shared)
     for group in _parted(wanted, order, same) if order else ():
         if any(_common(wanted, [*pair]) >= stop + LEAST_SHARED for pair in pairwise(group)):
-            yield from _groups(model, fork(shared), stop, wanted, group, batch_size)
+            yield from _groups(model, shared, stop, wanted, group, batch_size)
         else:
             rest += group
     yield from _batches(model, cache, start, wanted, apart, batch_size)

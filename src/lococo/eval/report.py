@@ -78,7 +78,15 @@ def report(sources: Sequence[Path], *, baseline: str = plots.FULL, form: Literal
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters["plain"] = _plain
     return environment.get_template(f"report.{form}.jinja").render(parts=parts, baseline=baseline)
+
+
+def _plain(text: str) -> str:
+    """Return text that Markdown shows as it is, within one cell of a table."""
+    for sign, written in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("*", "\\*"), ("_", "\\_"), ("`", "\\`")):
+        text = text.replace(sign, written)
+    return " ".join(text.split())
 
 
 def _parts(rows: list[Row], name: str, baseline: str, drawn: bool) -> Iterator[Part]:

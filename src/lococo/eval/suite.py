@@ -183,8 +183,6 @@ def _measured(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: 
         max_length=task.choice.length,
         batch_size=BATCH,
     )
-    # lm-eval's bar for every row is not silenced by anything else.
-    setattr(reader, "loglikelihood", partial(reader.loglikelihood, disable_tqdm=True))  # noqa: B010
     asked = {task.choice.name: task.asked}
     out = ask(reader, asked, limit=len(task.documents), bootstrap_iters=0, log_samples=True)
     samples = sorted(out["samples"][task.choice.name], key=lambda sample: sample["doc_id"])

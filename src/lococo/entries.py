@@ -79,12 +79,12 @@ class Entries:
     @cached_property
     def key_norms(self) -> Tensor:
         """The keys' lengths, (b h s), float32, without gradient; never 0."""
-        return self.keys.detach().float().norm(dim=-1).clamp(min=TINY)
+        return torch.linalg.vector_norm(self.keys.detach().float(), dim=-1).clamp(min=TINY)
 
     @cached_property
     def value_norms(self) -> Tensor:
         """The values' lengths, (b h s), float32, without gradient; never 0."""
-        return self.values.detach().float().norm(dim=-1).clamp(min=TINY)
+        return torch.linalg.vector_norm(self.values.detach().float(), dim=-1).clamp(min=TINY)
 
     def chunk_mass(self, last: int | None = None) -> Tensor:
         """Return the mass that the last chunk's own (causal) attention gave each entry, (b h s).

@@ -79,12 +79,12 @@ class Entries:
     @cached_property
     def key_norms(self) -> Tensor:
         """The keys' lengths, (b h s), float32, without gradient; never 0."""
-        return torch.linalg.vector_norm(self.keys.detach().float(), dim=-1).clamp(min=TINY)
+        return _lengths(self.keys)
 
     @cached_property
     def value_norms(self) -> Tensor:
         """The values' lengths, (b h s), float32, without gradient; never 0."""
-        return torch.linalg.vector_norm(self.values.detach().float(), dim=-1).clamp(min=TINY)
+        return _lengths(self.values)
 
     def chunk_mass(self, last: int | None = None) -> Tensor:
         """Return the mass that the last chunk's own (causal) attention gave each entry, (b h s).
@@ -118,6 +118,11 @@ class Entries:
     def _observed_queries(self) -> Tensor:
         assert self.queries is not None, "a compressor that reads queries must declare it in `observes`"
         return self.queries
+
+
+def _lengths(vectors: Tensor) -> Tensor:
+    lengths: Tensor = torch.linalg.vector_norm(vectors.detach().float(), dim=-1)
+    return lengths.clamp(min=TINY)
 
 
 def rows_at(tensor: Tensor, rows: Tensor) -> Tensor:

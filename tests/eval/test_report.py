@@ -111,6 +111,11 @@ def test_a_report_in_markdown_has_the_same_tables(tmp_path):
         assert plain == [sheet.headings, *([cell.text for cell in line] for line in sheet.lines)]
 
 
+def test_the_results_in_the_docs_are_those_of_the_rows(request):
+    root = request.config.rootpath
+    assert report([root / "results"], form="md") == (root / "docs" / "results.md").read_text()
+
+
 def test_the_report_says_where_heads_are_behind(tmp_path):
     [section] = sections.sections(SUITE)
     [sheet] = [sheet for sheet in section.sheets if sheet.caption.startswith("where heads are behind")]

@@ -9,12 +9,14 @@ left padding, batching, the way a text is cut into calls, and prefill against de
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
+from lococo import parallel
 from lococo.compressors.base import Compressor
 from lococo.errors import ArgumentError, LococoError
 from lococo.norms import norms_of
@@ -200,8 +202,8 @@ class SlotCache(Cache):
             return
         self.incomplete = True
         shift = {row: self._shift(row) for row in rows}
-        for layer in self.slot_layers:
-            layer.compress(rows, shift)
+        layers = self.slot_layers
+        parallel.each([partial(layer.compress, rows, shift) for layer in layers], {layer.keys.device for layer in layers})
         if any(shift.values()):
             self._shift_other_layers(shift)
         for row in rows:

@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -89,8 +90,25 @@ class Rotary:
                 )
 
 
+@dataclass
+class Known:
+    """What was worked out once, and holds as long as the model's frequencies do.
+
+    Attributes:
+        frequencies: The model's; one that scales with the length puts others in their place.
+        factor: What the model multiplies cos and sin by.
+        table: cos and sin of whole numbers of positions, (2 * TABLE - 1, 2 * angles).
+        matrices: See `LayerRotary.matrix`, by its arguments.
+    """
+
+    frequencies: list[Tensor]
+    factor: float | None = None
+    table: Tensor | None = None
+    matrices: dict[tuple[float, int, torch.device], Tensor] = field(default_factory=dict)
+
+
 class LayerRotary:
-    """The rotation of one layer's keys and queries."""
+    """The rotation of one layer's keys and queries; layers that share one may ask at the same time."""
 
     def __init__(
         self,
@@ -101,11 +119,7 @@ class LayerRotary:
         self._angles = angles
         self._apply = apply
         self._frequencies = frequencies
-        # What the tables and matrices below were made of; a model that scales with the length changes it.
-        self._made_of: list[Tensor] = []
-        self._factor: float | None = None
-        self._table: Tensor | None = None
-        self._matrices: dict[tuple[float, int, torch.device], Tensor] = {}
+        self._latest = Known([])
 
     def rotate(self, x: Tensor, delta: Tensor) -> Tensor:
         """Rotate keys or queries by a number of positions, fractional or negative.
@@ -124,31 +138,31 @@ class LayerRotary:
         steps = delta.to(wide)
         # Angles that all heads share are computed once.
         steps = steps.view(1, -1) if steps.shape[:2] == (1, 1) else steps.expand(b, h, -1).reshape(b * h, -1)
-        self._forget_if_changed()
-        cos, sin = self._looked_up(wide, steps) or self._computed(wide, steps)
+        known = self._known()
+        cos, sin = self._looked_up(known, wide, steps) or self._computed(known, wide, steps)
         _, rotated = self._apply(wide[:, :0], wide, cos, sin)
         return rotated.view(b, h, s, d).to(x.dtype)
 
     def matrix(self, delta: float, head_dim: int, device: torch.device) -> Tensor:
         """Return what rotates rows by `delta` positions when they are multiplied by it, (d d), float32."""
-        self._forget_if_changed()
+        matrices = self._known().matrices
         key = (delta, head_dim, device)
-        if key not in self._matrices:
+        if key not in matrices:
             with lasting():
                 eye = torch.eye(head_dim, device=device)[None, None]
-                self._matrices[key] = self.rotate(eye, torch.full((1, 1, 1), delta, device=device))[0, 0]
-        return self._matrices[key]
+                matrices[key] = self.rotate(eye, torch.full((1, 1, 1), delta, device=device))[0, 0]
+        return matrices[key]
 
-    def _computed(self, wide: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    def _computed(self, known: Known, wide: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
         """Return cos and sin of what rotates by `steps`, (b s)."""
         assert self._angles is not None
         cos, sin = self._angles(wide, steps)
-        if self._factor is None:
+        if known.factor is None:
             # YaRN and longrope multiply cos and sin by a factor that the stored keys already carry; it is cos(0).
-            self._factor = float(self._angles(wide, steps.new_zeros(1, 1))[0].flatten()[0])
-        return (cos, sin) if self._factor == 1 else (cos / self._factor, sin / self._factor)
+            known.factor = float(self._angles(wide, steps.new_zeros(1, 1))[0].flatten()[0])
+        return (cos, sin) if known.factor == 1 else (cos / known.factor, sin / known.factor)
 
-    def _looked_up(self, wide: Tensor, steps: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _looked_up(self, known: Known, wide: Tensor, steps: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the same for whole numbers up to TABLE on a CPU, where angles cost more than a look-up; else None."""
         if steps.device.type != "cpu" or not steps.numel():
             return None
@@ -156,19 +170,19 @@ class LayerRotary:
         low, high = (int(end) for end in whole.aminmax())
         if max(-low, high) >= TABLE or not torch.equal(whole.to(steps), steps):
             return None
-        if self._table is None:
+        if known.table is None:
             with lasting():
                 every = torch.arange(1 - TABLE, TABLE, dtype=torch.float32)[None]
-                self._table = torch.cat(self._computed(wide, every), -1)[0]
-        angles = self._table.index_select(0, whole.flatten() + (TABLE - 1)).view(*steps.shape, -1)
+                known.table = torch.cat(self._computed(known, wide, every), -1)[0]
+        angles = known.table.index_select(0, whole.flatten() + (TABLE - 1)).view(*steps.shape, -1)
         cos, sin = angles.chunk(2, -1)
         return cos, sin
 
-    def _forget_if_changed(self) -> None:
-        now = self._frequencies()
-        if len(now) != len(self._made_of) or any(a is not b for a, b in zip(now, self._made_of, strict=True)):
-            self._made_of, self._factor, self._table = now, None, None
-            self._matrices.clear()
+    def _known(self) -> Known:
+        now, known = self._frequencies(), self._latest
+        if len(now) != len(known.frequencies) or any(a is not b for a, b in zip(now, known.frequencies, strict=True)):
+            known = self._latest = Known(now)
+        return known
 
 
 @contextmanager

@@ -32,7 +32,10 @@ class Compressor(Protocol):
         ...
 
     def compress(self, entries: Entries, num_slots: int, layer_idx: int) -> Entries:
-        """Make `num_slots` entries, in temporal order, of more than `num_slots`."""
+        """Make `num_slots` entries, in temporal order, of more than `num_slots`.
+
+        Layers come in any order and, where no gradients are wanted, several at a time, each in a thread of its own.
+        """
         ...
 
 

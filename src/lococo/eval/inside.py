@@ -262,7 +262,7 @@ def _over_tokens(entries: Entries, tokens: int) -> Tensor:
 def _drift(times: Sequence[Row]) -> list[Row]:
     """Return the mean over the layers of what was taken down at every compression."""
     by_time: dict[int, list[Row]] = {}
-    for row in times:
+    for row in sorted(times, key=lambda row: int(row["layer"])):  # they came in any order
         by_time.setdefault(row["tokens"], []).append(row)
     made = []
     for tokens, rows in sorted(by_time.items()):

@@ -203,7 +203,9 @@ class SlotCache(Cache):
         self.incomplete = True
         shift = {row: self._shift(row) for row in rows}
         layers = self.slot_layers
-        parallel.each([partial(layer.compress, rows, shift) for layer in layers], {layer.keys.device for layer in layers})
+        parallel.each(
+            [partial(layer.compress, rows, shift) for layer in layers], {layer.keys.device for layer in layers}
+        )
         if any(shift.values()):
             self._shift_other_layers(shift)
         for row in rows:

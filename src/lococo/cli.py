@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lococo import evaluating, training, verbs
+from lococo import evaluating, planning, training, verbs
 from lococo.errors import ArgumentError, LococoError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval inside": evaluating.eval_inside,
     "report": evaluating.report,
     "bench": evaluating.bench,
+    "plan": planning.plan,
 }
 
 SHORT = {"output": "-o"}
@@ -51,6 +52,7 @@ METAVARS = {
     "text": "DIR",
     "trained_on": "DIR",
     "tasks": "NAME",
+    "gpu": "NAME",
 }
 NUMBERS = (int, int | None, float, tuple[int, ...])
 

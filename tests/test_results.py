@@ -73,9 +73,13 @@ def test_what_was_measured_before_an_interruption_is_not_measured_again(tmp_path
     assert [row["name"] for row in run("cab", "weights")] == ["c", "a", "b"]
     assert measured == ["a", "b", "c"]
     assert [row["name"] for row in lines(target)] == ["c", "a", "b"]
-    # A run that was not interrupted leaves nothing to take over.
+    # Nor is what a finished run has measured, until its file is gone.
+    assert [row["name"] for row in run("da", "weights")] == ["d", "a"]
+    assert measured == ["a", "b", "c", "d"]
+    target.unlink()
     run("a", "weights")
-    assert measured == ["a", "b", "c", "a"]
+    run("a", "other weights")
+    assert measured == ["a", "b", "c", "d", "a", "a"]
 
 
 def test_rows_of_other_weights_are_measured_again(tmp_path):

@@ -38,7 +38,12 @@ def each(pieces: Sequence[Callable[[], None]], devices: Set[torch.device]) -> No
 
     pool = _pool(threads, os.getpid())
     done = [pool.submit(run, piece) for piece in pieces]
-    wait(done)
+    try:
+        wait(done)
+    finally:  # a caller that is interrupted must not find a piece at work
+        for future in done:
+            future.cancel()
+        wait(done)
     for future in done:
         future.result()
 

@@ -25,21 +25,22 @@ PACKAGES = ("lococo", "torch", "transformers", "lm_eval")
 class Results:
     """Rows in the order in which they were asked for, backed by a file of JSON lines."""
 
-    def __init__(self, file: Path | None = None, about: Row | None = None) -> None:
+    def __init__(self, file: Path | None = None, about: Row | None = None, *, finished: Path | None = None) -> None:
         """Open a file that may hold rows already; without one, rows are only held in memory.
 
         Args:
             file: Of JSON lines; need not exist.
             about: Added to every new row, see `about_this_run`.
+            finished: File of an earlier run; what it has measured is taken from it.
         """
         self.rows: list[Row] = []
         self._about = {} if about is None else {ABOUT: about}
         self._file = file
+        self._finished = {} if finished is None or not finished.exists() else _by_run(_rows_of(finished)[0])
         self._kept: dict[str, Row] = {}
         if file is not None and file.exists():
-            text = file.read_text("utf-8", errors="replace")
-            rows = [row for row in map(_readable, text.splitlines()) if row is not None]
-            self._kept = {row[RUN]: row for row in rows if RUN in row}
+            rows, text = _rows_of(file)
+            self._kept = _by_run(rows)
             if (readable := _lines(rows)) != text:
                 write_atomically(file, readable.encode())
 
@@ -54,7 +55,8 @@ class Results:
         run = key_of({"settings": settings, "of": of})
         row = self._kept.get(run)
         if row is None:
-            row = self._kept[run] = {**settings, **measure(), **self._about, RUN: run}
+            known = self._finished.get(run)
+            row = self._kept[run] = known or {**settings, **measure(), **self._about, RUN: run}
             self._write(row)
         self.rows.append(row)
         return row
@@ -81,16 +83,26 @@ def results_file(target: Path) -> Iterator[Results]:
     """Yield results that become a file of JSON lines when all are there.
 
     They go to a file beside the target, which takes the target's place then: hours of work outlive an interruption,
-    and so does an older result.
+    and so does an older result, of which the same rows are not measured again.
     """
     partial = target.with_name(target.name + ".partial")
-    results = Results(partial, about_this_run())
+    results = Results(partial, about_this_run(), finished=target)
     yield results
     write_atomically(target, _lines(results.rows).encode())
     if unasked := results.unasked():
         write_atomically(partial, _lines(unasked).encode())
     else:
         partial.unlink(missing_ok=True)
+
+
+def _rows_of(file: Path) -> tuple[list[Row], str]:
+    """Return the rows of a file that can be read, and its text."""
+    text = file.read_text("utf-8", errors="replace")
+    return [row for row in map(_readable, text.splitlines()) if row is not None], text
+
+
+def _by_run(rows: list[Row]) -> dict[str, Row]:
+    return {row[RUN]: row for row in rows if RUN in row}
 
 
 def _lines(rows: list[Row]) -> str:

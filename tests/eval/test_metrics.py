@@ -77,12 +77,17 @@ def test_found_is_the_share_of_answers_that_occur(prediction, answers, expected)
 
 
 def test_intervals_resample_documents_with_all_their_questions():
-    scores = {"acc": [1, 1, 1, 1, 0, 0, 0, 0]}
+    scores = {"acc": [1.0] * 6 + [0.0] * 6}
 
     def interval(documents):
-        return metrics.interval(documents, lambda which: metrics.overall("acc", scores, which))
+        return metrics.interval(list(documents), lambda which: metrics.overall("acc", scores, which))
 
-    assert interval(list("aaaabbbb")) == (0.0, 1.0)
-    low, high = interval(list("abcdefgh"))
-    assert 0 < low < 0.5 < high < 1
-    assert interval(["a"] * 8) == (0.5, 0.5)
+    low, high = interval("abcdefghijkl")
+    lower, higher = interval("aabbccddeeff")
+    assert 0 < lower < low < 0.5 < high < higher < 1
+
+
+def test_nothing_is_said_of_few_documents():
+    scores = {"acc": [1.0] * 8}
+    for documents in ("aaaabbbb", "aaaaaaaa", "aaabcdee"):
+        assert metrics.interval(list(documents), lambda which: metrics.overall("acc", scores, which)) == (None, None)

@@ -41,12 +41,13 @@ class Nesting(HTMLParser):
         assert self.open.pop() == tag
 
 
-def score(compressor, num_slots, scores, task="squad"):
+def score(compressor, num_slots, scores, task="squad", longest=120):
     return {
         "task": task,
         "shots": 0,
         "compressor": compressor,
         "num_slots": num_slots,
+        "chunk_size": 32,
         "length": None,
         "too_long": "refuse",
         "trained": compressor == "lococo",
@@ -58,15 +59,15 @@ def score(compressor, num_slots, scores, task="squad"):
         "documents": [str(i) for i in range(len(scores))],
         "scores": {"f1": scores},
         "truncated": 0,
-        "prompt_tokens": {"mean": 100, "max": 120},
+        "prompt_tokens": {"mean": 100, "max": longest},
         "about": {"command": "lococo eval suite --config <recipe>", "versions": {"lococo": "1"}},
     }
 
 
 SUITE = [
-    score("full", None, [1.0, 1.0, 0.0]),
-    score("h2o", 64, [1.0, 1.0, 0.0]),
-    score("lococo", 64, [0.0, 1.0, 0.0]),
+    score("full", None, [1.0, 1.0, 0.0] * 2),
+    score("h2o", 64, [1.0, 1.0, 0.0] * 2),
+    score("lococo", 64, [0.0, 1.0, 0.0] * 2),
     {"task": "race", "shots": 0, "length": None, "skipped": "race: <no> such file"},
     {"task": "squad", "shots": 0, "length": None, "trained_on": "texts", "rows": 3, "shared": 1},
 ]
@@ -129,8 +130,41 @@ def test_differences_are_paired_with_the_baseline_that_is_chosen():
     [section] = sections.sections(SUITE, "h2o")
     [sheet] = [sheet for sheet in section.sheets if sheet.caption == "every score"]
     paired = [line[5].text for line in sheet.lines]
-    assert paired[1:] == ["", "-0.333 (-1.000 to 0.000)"]
-    assert sections.difference("f1", {"f1": [0.5, 1]}, {"f1": [0.25, 0.75]}, ["a", "b"]) == (0.25, 0.25, 0.25)
+    assert paired[1:] == ["", "-0.333 (-0.667 to 0.000)"]
+    six = sections.difference("f1", {"f1": [0.5, 1] * 3}, {"f1": [0.25, 0.75] * 3}, list("abcdef"))
+    assert six == pytest.approx((0.25, 0.25, 0.25))
+
+
+def test_few_documents_have_no_interval():
+    assert sections.difference("f1", {"f1": [0.5, 1]}, {"f1": [0.25, 0.75]}, ["a", "b"]) == (0.25, None, None)
+    [section] = sections.sections(
+        [score(name, slots, [1.0, 0.0]) | {"low": None, "high": None} for name, slots in (("full", None), ("h2o", 64))]
+    )
+    [sheet] = [sheet for sheet in section.sheets if sheet.caption == "every score"]
+    assert [line[4].text for line in sheet.lines] == ["0.500", "0.500"]
+    assert section.picture is not None
+    section.picture()
+
+
+def test_what_fits_the_slots_counts_nowhere():
+    short = [
+        score("full", None, [1.0], "race", 96),
+        score("h2o", 64, [1.0], "race", 96),
+        score("lococo", 64, [0.0], "race", 96),
+    ]
+    [section] = sections.sections([*SUITE, *short])
+    sheets = {sheet.caption.partition(" (")[0]: sheet for sheet in section.sheets}
+    lines = [[cell.text for cell in line] for line in sheets["scores at 64 slots"].lines]
+    assert [line[0] for line in lines] == ["squad, f1", "race, f1 (fits)", "mean of 1 tasks"]
+    assert lines[2][1:4] == ["0.667", "0.667", "0.333"]
+    assert len(sheets["where heads are behind"].lines) == 1
+
+
+def test_a_report_says_that_nobody_looked_for_questions_in_what_was_trained_on():
+    [searched] = sections.sections(SUITE)
+    [unsearched] = sections.sections(SUITE[:3])
+    assert "--trained-on" not in searched.words
+    assert "--trained-on" in unsearched.words
 
 
 def test_every_kind_of_results_of_this_project_has_its_section(request, tmp_path):
@@ -154,7 +188,7 @@ def test_a_suite_without_any_data_still_has_a_report(tmp_path):
 
 
 def test_pairs_without_training_are_rivals_and_not_heads():
-    pair = score("h2o+mass-merge", 64, [1.0, 1.0, 1.0])
+    pair = score("h2o+mass-merge", 64, [1.0] * 6)
     [section] = sections.sections([*SUITE, pair])
     [sheet] = [sheet for sheet in section.sheets if sheet.caption.startswith("where heads are behind")]
     assert [cell.text for cell in sheet.lines[0]][4:6] == ["h2o+mass-merge", "1.000"]

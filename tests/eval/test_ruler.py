@@ -30,6 +30,13 @@ def test_every_answer_is_in_a_prompt_of_the_length_asked_for(words, haystack, fa
         assert len(set(example["answers"])) == len(example["answers"])
 
 
+def test_a_text_without_full_stops_fills_prompts_as_well(words):
+    text = demo_text().replace(".", "").replace("!", "").replace("?", "")
+    haystack = ruler.Haystack.of(words, [text], 20_000)
+    for example in ruler.examples("ruler_niah_single", words, haystack, length=600, count=20):
+        assert 600 - 2 * ruler.MOST_PER_SENTENCE < len(words(example["prompt"])["input_ids"]) <= 600
+
+
 @pytest.mark.parametrize(
     ("family", "answers", "needles"),
     [
@@ -43,6 +50,10 @@ def test_as_many_numbers_are_hidden_and_asked_for_as_the_family_says(words, hays
     [example] = ruler.examples(family, words, haystack, length=2000, count=1)
     assert len(example["answers"]) == answers
     assert example["prompt"].count("One of the magic numbers of ") == needles
+
+
+def test_every_family_says_how_long_its_answers_are():
+    assert ruler.ANSWER_TOKENS.keys() == ruler.FAMILIES.keys()
 
 
 def test_variables_are_assigned_before_they_are_used(words, haystack):

@@ -197,6 +197,29 @@ def test_a_task_of_the_hub_shows_and_asks_the_first_rows(reader, monkeypatch):
     assert [row["question"] for row in task.rows] == ["Which 10?", "Which 11?", "Which 0?", "Which 1?"]
 
 
+def test_examples_from_what_is_asked_are_not_asked(reader, monkeypatch):
+    rows = [{"question": f"How many are {n}?", "answer": f"As many. #### {n}"} for n in range(5)]
+    parts = DatasetDict({"test": Dataset.from_list(rows)})
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: parts)
+    task = tasks_of(reader, None).find(TaskChoice("gsm8k_platinum", shots=2))
+    assert [row["question"] for row in task.asked.eval_docs] == ["How many are 2?", "How many are 3?"]
+    assert [row["question"] for row in task.asked.fewshot_docs()] == ["How many are 0?", "How many are 1?"]
+
+
+def test_a_task_may_leave_rows_of_its_data_set_out(reader, monkeypatch):
+    def rows(count):
+        more = {"options": ["red", "blue"], "answer": "A", "answer_index": 0, "cot_content": "It is."}
+        subjects = ["law", "biology", "biology"] * count
+        return Dataset.from_list([{"question": f"{s} {n}?", "category": s, **more} for n, s in enumerate(subjects)])
+
+    parts = DatasetDict({"validation": rows(1), "test": rows(2)})
+    monkeypatch.setattr("datasets.load_dataset", lambda *args, **options: parts)
+    task = tasks_of(reader, None).find(TaskChoice("mmlu_pro_biology", shots=1))
+    assert [row["question"] for row in task.asked.eval_docs] == ["biology 1?", "biology 2?"]
+    assert [row["question"] for row in task.asked.fewshot_docs()] == ["biology 1?"]
+    assert len(task.documents) == 2
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of packages that only LongBench's metrics need
 @pytest.mark.parametrize("name", ["race", "scrolls_govreport", "longbench_trec"])
 def test_a_data_set_of_the_hub_is_missed_at_once_when_offline(reader, name):

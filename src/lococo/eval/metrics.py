@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 # Raised with every change of what a score means, so that what was measured with it is measured again.
-REVISION = 1
+REVISION = 2
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -18,6 +18,9 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 GEOMETRIC_MEAN = "rouge"
 
 RESAMPLES = 2000
+
+# Of fewer, resampling says less than it seems to: with two, the interval is from the one to the other.
+FEWEST_DOCUMENTS = 6
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
@@ -71,8 +74,10 @@ def overall(metric: str, scores: Mapping[str, Sequence[float]], which: Sequence[
 
 def interval(
     documents: Sequence[str], figure: Callable[[Sequence[int]], float], *, seed: int = 0
-) -> tuple[float, float]:
+) -> tuple[float, float] | tuple[None, None]:
     """Return the 95 % bootstrap interval of a figure of some questions, resampling documents with all about them.
+
+    Nothing is said of fewer than FEWEST_DOCUMENTS.
 
     Args:
         documents: The text that each question is about.
@@ -83,6 +88,8 @@ def interval(
     for number, document in enumerate(documents):
         of.setdefault(document, []).append(number)
     groups = list(of.values())
+    if len(groups) < FEWEST_DOCUMENTS:
+        return None, None
     rng = random.Random(seed)
     drawn = (rng.choices(groups, k=len(groups)) for _ in range(RESAMPLES))
     figures = sorted(figure([number for group in some for number in group]) for some in drawn)

@@ -85,7 +85,8 @@ def suite(rows: Sequence[Row], name_of: Callable[[Row], str]) -> "Figure":
             drawn = [row for row in same if row["compressor"] == name]
             if name == FULL:
                 panel.axhline(drawn[0]["score"], color=INK, linestyle="--", linewidth=1, label="full cache")
-                panel.axhspan(drawn[0]["low"], drawn[0]["high"], color=INK, alpha=0.08, linewidth=0)
+                if drawn[0]["low"] is not None:
+                    panel.axhspan(drawn[0]["low"], drawn[0]["high"], color=INK, alpha=0.08, linewidth=0)
                 continue
             drawn.sort(key=lambda row: row["num_slots"])
             panel.plot([row["num_slots"] for row in drawn], [row["score"] for row in drawn], "o-", label=name)

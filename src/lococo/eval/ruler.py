@@ -25,6 +25,9 @@ VARIABLES = 5
 COMMON, COMMON_TIMES, RARE_TIMES = 10, 30, 3
 FREQUENT, ZETA = 3, 2.0
 
+# Longer sentences are cut, so that what remains of the room for text is shorter than this.
+MOST_PER_SENTENCE = 48
+
 # Words that keys and lists are made of.
 WORD = re.compile(r"\b[a-z]{4,9}\b")
 
@@ -53,15 +56,31 @@ class Haystack:
         sentences: list[str] = []
         lengths: list[int] = []
         for piece in text:
-            more = [s for s in (" ".join(s.split()) for s in re.split(r"(?<=[.!?])\s+", piece)) if s]
+            whole = [s for s in (" ".join(s.split()) for s in re.split(r"(?<=[.!?])\s+", piece)) if s]
+            more = [
+                part
+                for sentence, tokens_there in zip(whole, _lengths(tokenizer, whole), strict=True)
+                for part in _parts(sentence, -(-tokens_there // MOST_PER_SENTENCE))
+            ]
             sentences += more
-            lengths += [len(ids) for ids in tokenizer(more, add_special_tokens=False)["input_ids"]] if more else []
+            lengths += _lengths(tokenizer, more)
             if sum(lengths) >= tokens:
                 break
         words = list(dict.fromkeys(word for sentence in sentences for word in WORD.findall(sentence)))
         if len(words) < 2 * KEYS:
             raise DocumentError(f"expected a text with at least {2 * KEYS} different words, got {len(words)}")
         return cls(sentences, lengths, words)
+
+
+def _lengths(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[int]:
+    return [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+
+
+def _parts(sentence: str, count: int) -> list[str]:
+    """Cut a sentence between words into `count` parts, or as many as it has words."""
+    words = sentence.split()
+    size = -(-len(words) // count)
+    return [" ".join(words[start : start + size]) for start in range(0, len(words), size)]
 
 
 def examples(
@@ -204,4 +223,15 @@ FAMILIES: dict[str, Callable[[random.Random, Haystack, Count, int], Example]] = 
     "ruler_vt": _variables,
     "ruler_cwe": _common_words,
     "ruler_fwe": _frequent_words,
+}
+
+# Tokens that an answer takes: numbers come at once after the prompt's last word.
+ANSWER_TOKENS = {
+    "ruler_niah_single": 32,
+    "ruler_niah_multikey": 32,
+    "ruler_niah_multivalue": 64,
+    "ruler_niah_multiquery": 64,
+    "ruler_vt": 32,
+    "ruler_cwe": 128,
+    "ruler_fwe": 64,
 }

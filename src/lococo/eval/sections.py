@@ -143,8 +143,12 @@ def _suite(rows: list[Row], baseline: str) -> Section:
         )
     words = (
         "The same questions with the full cache and with every compressor; few-shot examples and documents are read "
-        "in slots. 95 % intervals by bootstrap over documents."
+        f"in slots. 95 % intervals by bootstrap over documents, where there are {metrics.FEWEST_DOCUMENTS} or more. "
+        "Where a task (fits), as many slots in every layer hold its longest prompt whole, which makes them the full "
+        "cache: it counts neither in the mean nor as behind."
     )
+    if not searched and any(row["trained"] for row in measured):
+        words += " Nobody searched the texts that heads were trained on for these questions (--trained-on)."
     return Section("Benchmarks", words, (lambda: plots.suite(measured, task_name)) if measured else None, sheets)
 
 
@@ -162,19 +166,24 @@ def _summary(rows: Sequence[Row], num_slots: int) -> Sheet:
     lines = []
     for of, row in full.items():
         scores = [_number(cells[of, name]["score"]) if (of, name) in cells else Cell("", "") for name in names]
-        about = f"{task_name(row)}, {row['metric']}"
+        about = f"{task_name(row)}, {row['metric']}" + (" (fits)" if _fits(row, num_slots) else "")
         lines.append([*_words(about), *scores, *_wholes(row, "questions", "truncated")])
-    complete = [of for of in full if all((of, name) in cells for name in names)]
+    complete = [of for of, row in full.items() if all((of, n) in cells for n in names) and not _fits(row, num_slots)]
     if complete:
         means = [_number(sum(cells[of, name]["score"] for of in complete) / len(complete)) for name in names]
         lines.append([Cell(f"mean of {len(complete)} tasks", "~"), *means, Cell("", ""), Cell("", "")])
     return Sheet(f"scores at {num_slots} slots", ["task", *names, "questions", "cut"], lines)
 
 
+def _fits(row: Row, num_slots: int) -> bool:
+    """Whether as many slots in every layer hold the longest prompt of a task without compressing it."""
+    return bool(row["prompt_tokens"]["max"] <= num_slots + row["chunk_size"])
+
+
 def _behind(rows: Sequence[Row]) -> Sheet:
     """List where heads score less than a method without training."""
     lines = []
-    heads = [row for row in rows if row["trained"]]
+    heads = [row for row in rows if row["trained"] and not _fits(row, row["num_slots"])]
     for row in heads:
         rivals = [
             other
@@ -290,7 +299,9 @@ def _spread(row: Row, name: str) -> Cell:
     return Cell(f"{row[name]:.1f} ({low:.1f} to {high:.1f})", row[name])
 
 
-def _between(value: float, low: float, high: float) -> Cell:
+def _between(value: float, low: float | None, high: float | None) -> Cell:
+    if low is None or high is None:
+        return _number(value)
     return Cell(f"{value:.3f} ({low:.3f} to {high:.3f})", value)
 
 

@@ -97,10 +97,10 @@ def evaluate(
 
     Returns:
         Rows with task, shots, length, too_long, compressor, num_slots (None for "full"), chunk_size, trained, metric,
-        score, its 95 % interval low and high (bootstrap over documents), questions, documents (the text that each is
-        about), scores (by name, one per question), truncated (prompts that were cut), prompt_tokens (mean and largest
-        that were read), and run, see `results`. A task that does not fit the window has one row with skipped, the
-        reason.
+        score, its 95 % interval low and high (bootstrap over documents; None of few), questions, documents (the text
+        that each is about), scores (by name, one per question), truncated (prompts that were cut), prompt_tokens (mean
+        and largest that were read), and run, see `results`. A task that does not fit the window has one row with
+        skipped, the reason.
 
     Raises:
         ArgumentError: If a task asks for prompts beyond the window.
@@ -150,7 +150,7 @@ def skipped(results: Results, choice: TaskChoice, reason: str) -> str:
 
 
 def ready(tasks: Tasks, choices: Sequence[TaskChoice], results: Results, say: Callable[[str], None]) -> list[Task]:
-    """Make tasks ready; those whose data is not here are left out, which is noted."""
+    """Make tasks ready; those whose data is not here, or makes no prompts of that length, are left out and noted."""
     for choice in choices:
         tasks.check(choice.name)
     made = []
@@ -158,7 +158,7 @@ def ready(tasks: Tasks, choices: Sequence[TaskChoice], results: Results, say: Ca
         try:
             with quiet():
                 made.append(tasks.find(choice))
-        except AbsentError as error:
+        except (AbsentError, ArgumentError) as error:
             say(skipped(results, choice, str(error)))
     return made
 

@@ -7,10 +7,11 @@ data set. SCROLLS is ours, since the harness fetches the code of its metrics fro
 import difflib
 import importlib.metadata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,7 +21,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedTokenizerBase
 
-from lococo.errors import ArgumentError, DocumentError
+from lococo.errors import ArgumentError, DocumentError, LococoError
 from lococo.eval import copies, metrics, ruler, scrolls
 from lococo.eval.copies import Document
 
@@ -83,6 +84,7 @@ class Kind:
         ours: Whether the documents are those of `copies.question_of`.
         answer: Most tokens of an answer, of ours.
         long: Whether its documents may be longer than a window.
+        stop: What ends an answer, of ours.
     """
 
     metric: str
@@ -92,6 +94,7 @@ class Kind:
     ours: bool = False
     answer: int = 32
     long: bool = False
+    stop: tuple[str, ...] = ("\n",)
 
 
 def _ours(metric: str, folder: str, read: Read | None, **more: Any) -> Kind:
@@ -114,13 +117,14 @@ KINDS: dict[str, Kind] = {
     "qasper_yesno": _ours("acc", "qasper_yesno", copies.qasper_yesno, long=True),
     **{f"babi_qa{n}": _ours("acc", "babi", partial(copies.babi, number=n)) for n in BABI},
     "scrolls_qmsum": _ours("rouge", "qmsum", copies.qmsum, hub=scrolls.qmsum, answer=128, long=True),
-    "scrolls_contractnli": _ours("acc", "contract_nli", copies.contract_nli, hub=scrolls.contract_nli, long=True),
-    "scrolls_quality": _ours("acc", "", None, hub=scrolls.quality, long=True),
+    "scrolls_contractnli": _ours("acc_norm", "contract_nli", copies.contract_nli, hub=scrolls.contract_nli, long=True),
+    "scrolls_quality": _ours("acc_norm", "", None, hub=scrolls.quality, long=True),
     "scrolls_qasper": _ours("f1", "", None, hub=scrolls.qasper, answer=64, long=True),
     "scrolls_narrativeqa": _ours("f1", "", None, hub=scrolls.narrativeqa, long=True),
     "scrolls_govreport": _ours("rouge", "", None, hub=scrolls.gov_report, answer=512, long=True),
     "scrolls_summscreenfd": _ours("rouge", "", None, hub=scrolls.summ_screen, answer=256, long=True),
-    **{family: _ours("found", "", None, answer=64) for family in ruler.FAMILIES},
+    # Whatever is written counts, as in RULER: lists may stand on lines of their own.
+    **{family: _ours("found", "", None, answer=tokens, stop=()) for family, tokens in ruler.ANSWER_TOKENS.items()},
 }
 
 LONGBENCH = "longbench_"
@@ -232,7 +236,7 @@ class Tasks:
         try:
             return kind.read(folder)
         except FileNotFoundError as error:
-            missing = Path(error.args[0]).relative_to(self.data)
+            missing = Path(error.filename or error.args[0]).relative_to(self.data)
             raise AbsentError(f"{choice.name}: no such file in {self.data.name}: {missing}") from error
 
     def _fetched(self, choice: TaskChoice, kind: Kind) -> list[Document]:
@@ -250,14 +254,22 @@ class Tasks:
 
     def _ours(self, choice: TaskChoice, kind: Kind, documents: list[Document]) -> Task:
         chosen = bool(documents and documents[0]["choices"])
-        scores = {"acc": ["acc"], "rouge": list(metrics.ROUGE), "f1": ["f1", "exact_match"], "found": ["found"]}
+        scores = {
+            "acc": ["acc"],
+            "acc_norm": ["acc", "acc_norm"],
+            "rouge": list(metrics.ROUGE),
+            "f1": ["f1", "exact_match"],
+            "found": ["found"],
+        }
         config = {
             "output_type": "multiple_choice" if chosen else "generate_until",
             "doc_to_text": "prompt",
             "doc_to_target": "gold" if chosen else "{{answers[0]}}",
             "doc_to_choice": "choices" if chosen else None,
             "process_results": None if chosen else partial(_scores, kind.metric),
-            "generation_kwargs": None if chosen else {"until": ["\n"], "max_gen_toks": kind.answer, "do_sample": False},
+            "generation_kwargs": None
+            if chosen
+            else {"until": list(kind.stop), "max_gen_toks": kind.answer, "do_sample": False},
             "metric_list": [
                 {"metric": n, "aggregation": "mean", "higher_is_better": True} for n in scores[kind.metric]
             ],
@@ -283,7 +295,9 @@ class Tasks:
         }
         if examples:
             # The same examples before every question, so that they are read once.
-            config |= {"fewshot_split": "train", "fewshot_config": {"sampler": "first_n"}}
+            described = config.get("fewshot_config") or {}
+            how = {name: value for name, value in described.items() if name not in ("samples", "split")}
+            config |= {"fewshot_split": "train", "fewshot_config": how | {"sampler": "first_n"}}
         for name in ("tag", "group", "dataset_kwargs"):
             config.pop(name, None)
         names = [_text_of(document, number) for number, document in enumerate(asked)]
@@ -302,13 +316,22 @@ class Tasks:
         config = _config_of(choice.name)
         if kind is None:
             kind = Kind(_mean_of(choice.name, config), long=choice.name.startswith(LONGBENCH))
-        split = config.get("test_split") or config.get("validation_split")
-        examples = config.get("fewshot_split") or config.get("training_split")
-        rows = loaded.dataset[split]
-        documents = loaded.dataset[examples].take(choice.shots).to_list() if examples and choice.shots else []
+        asked = config.get("test_split") or config.get("validation_split")
+        shown = config.get("fewshot_split") or config.get("training_split")
+        # A task may leave rows out, or make others of them.
+        process = loaded.config.process_docs or (lambda rows: rows)
+        rows = process(loaded.dataset[asked])
+        # Where examples come from what is asked, the first rows are examples and nothing else.
+        apart = bool(choice.shots and shown and shown != asked)
+        examples = _first(process(loaded.dataset[shown]), choice.shots) if apart else []
         most = self._most(choice)
-        wanted = len(rows) if most is None else min(len(rows), most + choice.shots)
-        return self._task(choice, kind, {**config, **NO_DATA}, documents + rows.take(wanted).to_list())
+        wanted = None if most is None else most + choice.shots
+        config |= {**NO_DATA, "process_docs": None}
+        return self._task(choice, kind, config, examples + _first(rows, wanted))
+
+
+def _first(rows: Iterable[Document], most: int | None) -> list[Document]:
+    return list(islice(rows, most))
 
 
 def _remembering(write: Callable[..., Any]) -> Callable[..., Any]:
@@ -399,5 +422,7 @@ def _reachable(name: str) -> Iterator[None]:
         raise ArgumentError(
             f"{name} needs a package that is not here ({error}); install `lococo[longbench]`"
         ) from error
-    except (OSError, DatasetsError) as error:
+    except LococoError:
+        raise
+    except (OSError, ValueError, DatasetsError) as error:  # ValueError: another part of it is cached, this one not
         raise AbsentError(f"{name}: its data set cannot be fetched ({type(error).__name__}); {remedy}") from error

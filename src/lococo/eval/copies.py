@@ -88,7 +88,8 @@ def triviaqa(folder: Path) -> list[Document]:
     """Read TriviaQA without evidence."""
 
     def convert(row: Document) -> Document:
-        aliases = list(dict.fromkeys(_texts([row["answer"], *row["aliases"]])))
+        others = [alias for alias in row["aliases"] if not isinstance(alias, str) or alias.strip()]
+        aliases = list(dict.fromkeys(_texts([row["answer"], *others])))
         return {"question": row["question"], "answer": {"value": row["answer"], "aliases": aliases}}
 
     return _read(folder, {"question": str, "answer": str, "aliases": list}, convert)

@@ -95,7 +95,8 @@ def _perplexity(rows: list[Row], baseline: str) -> Section:
     row = rows[0]
     words = (
         f"Nats per token that are lost against the full cache on the same tokens: windows of {row['max_length']:,} "
-        f"tokens, chunks of {row['chunk_size']}, {len(row['window_nll'])} windows per domain; bootstrap over windows."
+        f"tokens, chunks of {row['chunk_size']}, {len(row['window_nll'])} windows per domain; bootstrap over windows, "
+        "some of which may be of one document."
     )
     return Section("What is lost", words, lambda: plots.perplexity(rows), sheets)
 

@@ -1,6 +1,7 @@
 """The verb that tells what a model will need before anything of it is fetched; see `verbs.py`."""
 
 import json as jsonlib
+from pathlib import Path
 from typing import Literal
 
 from lococo.errors import ArgumentError
@@ -46,7 +47,8 @@ def plan(
 
     tokens = planned.tokens_of(context)
     devices = dict(map(planned.device_of, gpu)) if gpu else planned.DEVICES
-    config = None if model is None else planned.known_config(model)
+    here = model is None or Path(model).expanduser().exists()
+    config = None if here else planned.known_config(str(model))
     label = str(model)
     if config is None:
         config, label = load_config(model, trust_remote_code=trust_remote_code)

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import save_llama
 from families import FAMILIES, tiny
 from transformers import DynamicCache
 
@@ -138,10 +139,26 @@ def test_the_command_prints_json(capsys):
 
 
 def test_the_command_prints_tables(capsys):
-    assert cli.main(["plan", "--model", "Qwen3-8B"]) == 0
+    assert cli.main(["plan", "--model", "Qwen3-8B", "--context", "128k"]) == 0
     said = capsys.readouterr().out
     assert "8.19 billion" in said
     assert "H200" in said
+    assert "window of" in said
+    assert "40,960" in said
+
+
+def test_a_folder_goes_before_a_known_name(capsys, tmp_path, monkeypatch):
+    save_llama(tmp_path / "Qwen3-8B")
+    monkeypatch.chdir(tmp_path)
+    assert (
+        cli.main(
+            ["plan", "--model", "Qwen3-8B", "--context", "100", "--num-slots", "32", "--chunk-size", "16", "--json"]
+        )
+        == 0
+    )
+    made = json.loads(capsys.readouterr().out)
+    assert made["parameters"] < 1e6
+    assert made["window"] == 256
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from lococo.attachment import attach
+from lococo.attachment import attach, window_of
 from lococo.bench.known import KNOWN
 from lococo.cache import SlotCache
 from lococo.entries import QUERY_ROWS
@@ -69,6 +69,7 @@ class Plan:
         full: With the full cache, read in chunks as well.
         slots: With slots.
         batches: By device, the largest batch with the full cache and with slots, 0 for none.
+        window: Positions that the model was trained for, beyond which the full cache does not read; None: unknown.
     """
 
     model: str
@@ -82,6 +83,7 @@ class Plan:
     full: Need
     slots: Need
     batches: dict[str, tuple[int, int]]
+    window: int | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as JSON takes it."""
@@ -135,10 +137,10 @@ def plan(
         return Need(full, whole), Need(slots, work)
 
     full, slots = needs(batch)
+    one_full, one_slots = needs(1)
     batches = {}
     for device, gib in devices.items():
         room = int(gib * 2**30 * (1 - SPARE)) - occupied
-        one_full, one_slots = needs(1)
         batches[device] = max(0, room // one_full.total), max(0, room // one_slots.total)
     return Plan(
         name,
@@ -152,6 +154,7 @@ def plan(
         full,
         slots,
         batches,
+        window_of(model),
     )
 
 
@@ -263,7 +266,9 @@ def tables(made: Plan) -> "list[Table]":
 
     what = f"{made.model}, {made.parameters / 1e9:.2f} billion parameters in {made.dtype}"
     title = f"{what}; {made.batch} x {made.context:,} tokens, {made.num_slots} slots, chunks of {made.chunk_size}"
-    memory = Table("GiB", title=title)
+    beyond = made.window is not None and made.context > made.window
+    caption = f"beyond the window of {made.window:,} the full cache reads no sense" if beyond else None
+    memory = Table("GiB", title=title, caption=caption)
     for heading in ("full cache", "slots"):
         memory.add_column(heading, justify="right")
     memory.add_row("weights", *[f"{made.weights / 2**30:,.2f}"] * 2)

@@ -246,7 +246,7 @@ def test_a_recipe_is_checked(described, said):
 
 def test_the_recipes_name_known_tasks(request):
     recipes = sorted((request.config.rootpath / "recipes").glob("eval-*.yaml"))
-    assert len(recipes) == 4
+    assert len(recipes) == 5
     named = set()
     for recipe in recipes:
         named |= {TaskChoice.of(described).name for described in yaml.safe_load(recipe.read_text())["tasks"]}

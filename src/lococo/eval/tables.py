@@ -84,13 +84,14 @@ def suite_tables(rows: Sequence[Row]) -> list[Table]:
         same = [row for row in measured if row["num_slots"] == num_slots]
         names = list(dict.fromkeys(row["compressor"] for row in same))
         cells = {(_asked(row), row["compressor"]): row for row in same}
-        table = Table("task", title=f"score, {num_slots} slots; the 95 % interval is the full cache's")
+        table = Table("task", title=f"score, {num_slots} slots; 95 % intervals are the full cache's")
         for heading in ("questions", "full", *names):
             table.add_column(heading, justify="right")
         for asked, row in full.items():
             scores = [f"{cells[asked, name]['score']:.3f}" if (asked, name) in cells else "" for name in names]
             cut = f" ({row['truncated']} cut)" if row["truncated"] else ""
-            twin = f"{row['score']:.3f} [{row['low']:.2f}, {row['high']:.2f}]"
+            ends = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
+            twin = f"{row['score']:.3f}{ends}"
             table.add_row(f"{task_name(row)}, {row['metric']}", f"{row['questions']}{cut}", twin, *scores)
         made.append(table)
     if left_out := [row for row in rows if "skipped" in row]:

@@ -19,7 +19,7 @@ class TestHelp:
         assert cli.main(["--help"]) == 0
         page = capsys.readouterr().out
         assert page.startswith(
-            "usage: lococo [-h] [--version] {demo,run,compress,ask,chat,inspect,train,ablate,eval,report,bench} ..."
+            "usage: lococo [-h] [--version] {demo,run,compress,ask,chat,inspect,train,ablate,eval,report,bench,plan} ..."
         )
         assert "  eval perplexity   Measure what compression costs" in page
 

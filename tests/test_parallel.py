@@ -78,6 +78,27 @@ def test_a_piece_that_fails_is_heard_of_when_all_are_done(two_threads):
     assert len(done) == 5
 
 
+@torch.no_grad()
+def test_who_is_interrupted_finds_no_piece_at_work(two_threads, monkeypatch):
+    began, ended, waits = [], [], []
+
+    def piece():
+        began.append(1)
+        time.sleep(0.05)
+        ended.append(1)
+
+    def interrupted(futures, real=parallel.wait):
+        waits.append(1)
+        if len(waits) == 1:
+            raise KeyboardInterrupt
+        return real(futures)
+
+    monkeypatch.setattr(parallel, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        parallel.each([piece] * 20, CPU)
+    assert len(began) == len(ended) < 20
+
+
 @pytest.mark.parametrize("compressor", ["h2o", "look-ahead", "mass-merge", "lococo-paper"])
 @pytest.mark.parametrize("family", ["llama", "llama-yarn", "gemma3"])
 def test_layers_side_by_side_make_the_slots_that_each_makes_alone(two_threads, family, compressor):

@@ -272,7 +272,7 @@ class TestChat:
     def test_interrupting_an_answer_stops_that_answer_alone(
         self, tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        whole = text_stream
+        whole, before = text_stream, signal.getsignal(signal.SIGINT)
         turns = []
 
         def interrupted(*args: Any) -> Any:
@@ -286,7 +286,7 @@ class TestChat:
         assert self.talk(["--model", tiny, *SLOTS, "--max-new-tokens", "30"], "Hello!\nGo on.\n", monkeypatch) == 0
         assert len(turns) == 2
         assert capsys.readouterr().out.count("[stopped]") == 1
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is before
 
 
 class TestInspect:

@@ -4,6 +4,7 @@ from families import heads_for, left_padded, tiny, tokens
 
 import lococo
 from lococo.compressors.heads import load_heads, save_heads
+from lococo.compressors.mass_merge import MIN_LOG_MASS
 from lococo.errors import ArgumentError, FileFormatError
 from lococo.facts import ModelFacts
 
@@ -25,6 +26,21 @@ def test_each_part_changes_the_outcome_and_can_be_switched_off(option):
     model, ids = tiny(), tokens(1, 150)
     outcomes = [logits_of(model, heads_for(model, scale=0.3, **{option: on}), ids) for on in (True, False)]
     assert not torch.allclose(*outcomes, atol=1e-3)
+
+
+@torch.no_grad()
+def test_what_heads_take_away_at_every_compression_has_an_end():
+    model = tiny()
+    heads = heads_for(model)
+    for net in heads.mergers.values():
+        net.out.bias[1] = -0.2
+    with lococo.attach(model, heads, num_slots=40, chunk_size=16) as slots:
+        cache = slots.new_cache()
+        lococo.prefill(model, tokens(1, 600), cache)
+    for layer in cache.slot_layers:
+        log_mass = layer.log_mass[0, :, : layer.held[0]]
+        assert log_mass.min() == MIN_LOG_MASS
+        assert log_mass.max() > MIN_LOG_MASS
 
 
 @torch.no_grad()

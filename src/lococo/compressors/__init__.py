@@ -31,7 +31,7 @@ class Shape:
 
 # Raised whenever a compressor does something else than before under the same name, so that what was measured with it is
 # measured again.
-METHODS = 2
+METHODS = 3
 
 QUERIES = frozenset({"queries"})
 

@@ -17,9 +17,9 @@ BLOCK = 32
 # A slot stands for at most this many times its own mass, as a logarithm.
 MAX_LOG_MASS = 3.0
 
-# And for at least the token that it was. What heads take away at every compression adds up, and they learned it over
-# ten of them: after a hundred the oldest slots would fall silent (docs/log.md).
-MIN_LOG_MASS = 0.0
+# And asks for at least this: what heads take away at every compression adds up, and they learned it over ten of them.
+# After a hundred the oldest slots would fall silent (docs/log.md).
+MIN_LOG_MASS = -0.3
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from transformers import (
 import lococo
 from lococo.attachment import window_of
 from lococo.compressors import Drop, Selection, SelectMerge
+from lococo.compressors.learned import LearnedHeads
 from lococo.compressors.selections import recency
 from lococo.errors import ArgumentError, LococoError, UnsupportedModelError
 
@@ -206,7 +207,7 @@ def test_longrope_is_read_within_its_original_window():
     torch.testing.assert_close(torch.cat(parts, 1), at_once, atol=2e-4, rtol=0)
 
 
-def test_the_fingerprint_tells_apart_whatever_reads_differently():
+def test_the_fingerprint_tells_apart_whatever_reads_differently(monkeypatch):
     def made(compressor="mass-merge", model=None, **options):
         return lococo.attach(model or tiny(), compressor, **{"num_slots": 40, "chunk_size": 16} | options).fingerprint()
 
@@ -219,5 +220,9 @@ def test_the_fingerprint_tells_apart_whatever_reads_differently():
     longer = copy.deepcopy(tiny())
     longer.config.max_position_embeddings = 2048
     seen += [made(model=longer), made(model=copy.deepcopy(tiny()).to(torch.bfloat16))]
+    with monkeypatch.context() as changed:
+        changed.setattr(LearnedHeads, "revision", LearnedHeads.revision + 1)
+        seen.append(made(heads))
+        assert made() == seen[0]
     assert len(set(seen)) == len(seen)
     assert made() == seen[0]

@@ -78,6 +78,7 @@ class Attachment:
         digest = hashlib.sha256(weights_fingerprint(self.model).encode())
         digest.update(json.dumps([config, *map(str, how)], sort_keys=True, default=str).encode())
         for module in [] if self.compressor is None else compressors.modules(self.compressor):
+            digest.update(str(getattr(module, "revision", "")).encode())
             digest.update(json.dumps(getattr(module, "settings", None), sort_keys=True, default=str).encode())
             for key, tensor in sorted(module.state_dict().items()):
                 digest.update(key.encode() + tensor.detach().float().cpu().numpy().tobytes())

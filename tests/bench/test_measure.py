@@ -8,29 +8,41 @@ from families import SMALL, tiny
 from rich.console import Console
 
 from lococo.bench import measure
+from lococo.bench.readers import Setting
 from lococo.errors import LococoError
 
 
 def test_settings_take_turns_and_medians_are_reported(monkeypatch):
     order, values = [], iter([1, 10, 5, 30, 3, 20])
 
-    def measured(setting):
+    def measured(setting, ids):
+        assert ids == [7] * 100
         order.append(setting.compressor)
-        return dict.fromkeys(measure.FIGURES, next(values))
+        figures = dict.fromkeys(measure.FIGURES, next(values))
+        return figures | {"kv_bytes": 2e9, "weight_bytes": 8e9, "operations": 2e12}
 
+    def machine(what, asked):
+        order.append(what)
+        return {"bytes_per_s": next(bandwidths), "operations_per_s": 1e12}
+
+    bandwidths = iter([50e9, 20e9, 40e9])
     monkeypatch.setattr(measure, "measure_in_new_process", measured)
+    monkeypatch.setattr(measure, "_in_new_process", machine)
     counted = []
-    rows = measure.bench(
-        [measure.Setting("full", 100), measure.Setting("h2o", 100)], repeats=3, progress=counted.append
-    )
-    assert order == ["full", "h2o"] * 3
+    rows = measure.bench([Setting("full", 100), Setting("h2o", 100)], [7] * 100, repeats=3, progress=counted.append)
+    assert order == ["machine", "full", "h2o"] * 3
     assert counted == [1, 2, 3, 4, 5, 6]
     assert [row["prefill_tokens_per_s"] for row in rows] == [3, 20]
-    assert rows[1]["spread"]["kv_bytes"] == [10, 30]
+    assert rows[1]["spread"]["prefill_tokens_per_s"] == [10, 30]
+    # 40 GB/s over 10 GB a token, and 100 tokens for 2e12 of 1e12 operations a second.
+    assert rows[1]["roofline"]["decode_tokens_per_s"] == 4
+    assert rows[1]["roofline"]["prefill_tokens_per_s"] == 50
     assert {"compressor", "length", "num_slots", "dtype"} <= rows[0].keys()
-    console = Console(record=True, width=150, file=io.StringIO())
+    console = Console(record=True, width=170, file=io.StringIO())
     console.print(measure.table(rows))
-    assert "20.0 (6.67x)" in console.export_text()
+    said = console.export_text()
+    assert "20.0 (6.67x)" in said
+    assert "40%" in said
 
 
 @pytest.fixture
@@ -48,11 +60,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("compressor", ["full", "mass-merge"])
+@pytest.mark.parametrize("compressor", ["full", "full-chunked", "mass-merge"])
 def test_one_measurement(folder, compressor):
-    setting = measure.Setting(compressor, 300, num_slots=40, chunk_size=16, model=str(folder), decode_tokens=3)
-    row = measure.measure(setting)
-    assert set(row) == set(measure.FIGURES)
+    setting = Setting(compressor, 300, num_slots=40, chunk_size=16, model=str(folder), decode_tokens=3)
+    row = measure.measure(setting, measure.prompt(str(folder), 300))
+    assert set(row) == {*measure.FIGURES, "weight_bytes", "operations"}
     entry = 2 * SMALL["num_hidden_layers"] * SMALL["num_key_value_heads"] * SMALL["head_dim"] * 4
     assert row["kv_bytes"] == entry * (56 if compressor == "mass-merge" else 303)
     assert row["prefill_tokens_per_s"] == pytest.approx(300 / row["time_to_first_token_s"])
@@ -60,10 +72,10 @@ def test_one_measurement(folder, compressor):
 
 
 def test_a_fresh_process_gives_the_figures_or_its_last_word(folder):
-    setting = measure.Setting("h2o", 100, num_slots=40, chunk_size=16, model=str(folder), decode_tokens=1)
-    assert set(measure.measure_in_new_process(setting)) == set(measure.FIGURES)
+    setting = Setting("h2o", 100, num_slots=40, chunk_size=16, model=str(folder), decode_tokens=1)
+    assert set(measure.measure_in_new_process(setting, [1] * 100)) > set(measure.FIGURES)
     with pytest.raises(LococoError, match=r"measuring nothing at 100 tokens failed: .*unknown compressor"):
-        measure.measure_in_new_process(measure.Setting("nothing", 100, model=str(folder)))
+        measure.measure_in_new_process(Setting("nothing", 100, model=str(folder)), [1] * 100)
 
 
 def test_exact_memory_reaches_the_allocator(monkeypatch):
@@ -75,16 +87,15 @@ def test_exact_memory_reaches_the_allocator(monkeypatch):
 
     monkeypatch.setattr(measure.subprocess, "run", run)
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    measure.measure_in_new_process(measure.Setting("full", 10))
-    measure.measure_in_new_process(measure.Setting("full", 10, exact_memory=True))
+    measure.measure_in_new_process(Setting("full", 10), [1] * 10)
+    measure.measure_in_new_process(Setting("full", 10, exact_memory=True), [1] * 10)
     assert asked == [None, "131072"]
 
 
 def test_the_peak_is_of_what_came_after_the_reset():
     if not sys.platform.startswith("linux"):
         pytest.skip("peaks are reset through Linux's /proc")
-    device = torch.device("cpu")
-    before = measure._reset_peak(device)
+    before = measure._reset_peak("cpu")
     block = torch.ones(64 << 20, dtype=torch.uint8)
     del block
-    assert 60 << 20 < measure._peak(device) - before < 100 << 20
+    assert 60 << 20 < measure._peak("cpu") - before < 100 << 20

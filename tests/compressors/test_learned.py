@@ -4,7 +4,7 @@ from families import heads_for, left_padded, tiny, tokens
 
 import lococo
 from lococo.compressors.heads import load_heads, save_heads
-from lococo.compressors.mass_merge import MIN_LOG_MASS
+from lococo.compressors.selections import RECENT
 from lococo.errors import ArgumentError, FileFormatError
 from lococo.facts import ModelFacts
 
@@ -28,19 +28,43 @@ def test_each_part_changes_the_outcome_and_can_be_switched_off(option):
     assert not torch.allclose(*outcomes, atol=1e-3)
 
 
+@pytest.mark.parametrize("gain", [-0.2, 0.2])
 @torch.no_grad()
-def test_what_heads_take_away_at_every_compression_has_an_end():
+def test_a_gain_is_given_once_however_long_the_text(gain):
     model = tiny()
+
+    def log_mass(compressor, tokens_read):
+        with lococo.attach(model, compressor, num_slots=40, chunk_size=16) as slots:
+            cache = slots.new_cache()
+            lococo.prefill(model, tokens(1, tokens_read), cache)
+        return torch.cat([layer.log_mass[0, :, : layer.held[0]].flatten() for layer in cache.slot_layers])
+
     heads = heads_for(model)
     for net in heads.mergers.values():
-        net.out.bias[1] = -0.2
-    with lococo.attach(model, heads, num_slots=40, chunk_size=16) as slots:
+        net.out.bias[1] = gain
+    for tokens_read in (60, 600):
+        least = log_mass(heads, tokens_read).min().item()
+        assert least == pytest.approx(log_mass("mass-merge", tokens_read).min().item() + gain, abs=1e-6)
+
+
+@torch.no_grad()
+def test_scorers_decide_about_a_share_of_the_slots_alone():
+    model, num_slots, seen = tiny(), 300, {}
+    heads = heads_for(model)
+    for net in heads.scorers.values():
+        net.out.weight.normal_(std=30.0)
+    heads.on_compress = lambda layer_idx, entries, kept: seen.setdefault(layer_idx, entries) and None
+    with lococo.attach(model, heads, num_slots=num_slots, chunk_size=64) as slots:
         cache = slots.new_cache()
-        lococo.prefill(model, tokens(1, 600), cache)
+        lococo.prefill(model, tokens(1, 370), cache)
     for layer in cache.slot_layers:
-        log_mass = layer.log_mass[0, :, : layer.held[0]]
-        assert log_mass.min() == MIN_LOG_MASS
-        assert log_mass.max() > MIN_LOG_MASS
+        mass = seen[layer.layer_idx].future_mass[0]
+        mass[:, -RECENT:] = torch.inf
+        for head, kept in zip(mass, layer.token_index[0, :, :num_slots], strict=True):
+            foreseen = set(head.topk(num_slots).indices.tolist())
+            certain = set(head.topk(num_slots - num_slots // 4).indices.tolist())
+            assert certain < set(kept.tolist())
+            assert len(foreseen - set(kept.tolist())) > 5
 
 
 @torch.no_grad()

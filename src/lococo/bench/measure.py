@@ -1,24 +1,29 @@
-"""Measure reading and decoding: every measurement in a process of its own, compressors taking turns.
+"""Measure reading and decoding: every measurement in a process of its own, ways of reading taking turns.
 
-Run as a module it is one measurement: it reads a `Setting` as JSON from standard input and prints its figures as JSON.
+A process runs `main`: it is told by JSON on standard input what to measure, and prints the figures as JSON.
 """
 
 import contextlib
 import ctypes
 import gc
+import itertools
 import json
+import math
 import os
 import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+import lococo
+from lococo.bench.peers import PEERS, python_of
+from lococo.bench.readers import Setting, with_slots
+from lococo.bench.roofline import machine
 from lococo.errors import LococoError
 
 if TYPE_CHECKING:
@@ -26,70 +31,73 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+# Makes this package, and nothing that lies beside it, known to a Python that may be another environment's.
+START = """
+import importlib.util as util, pathlib, sys
+file = pathlib.Path(sys.argv[1])
+spec = util.spec_from_file_location("lococo", file, submodule_search_locations=[str(file.parent)])
+sys.modules["lococo"] = package = util.module_from_spec(spec)
+spec.loader.exec_module(package)
+from lococo.bench.measure import main
+main(sys.argv[2])
+"""
+
 FIGURES = (
     "prefill_tokens_per_s",
     "decode_tokens_per_s",
     "time_to_first_token_s",
     "peak_memory_bytes",
     "kv_bytes",
+    "decode_p95_s",
 )
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What one process measures.
-
-    Attributes:
-        compressor: Name of the compressor; "full" reads the text in one forward pass, which is its fastest.
-        length: Tokens of the prompt.
-        num_slots: Slots per layer.
-        chunk_size: Tokens per forward pass.
-        dtype: Of the model.
-        device: Of the model; None: where it loads.
-        model: See `load_model`.
-        decode_tokens: Tokens decoded after the prompt.
-        exact_memory: Take and give back memory in the pieces that tensors ask for. The allocator otherwise keeps what
-            was freed, between 15 and 45 MiB of it from run to run, and is faster for it.
-    """
-
-    compressor: str
-    length: int
-    num_slots: int = 512
-    chunk_size: int = 256
-    dtype: str = "float32"
-    device: str | None = None
-    model: str | None = None
-    decode_tokens: int = 32
-    exact_memory: bool = False
-
-
-def bench(settings: Sequence[Setting], *, repeats: int = 5, progress: Callable[[int], None] | None = None) -> list[Row]:
-    """Measure settings of one length against each other.
+def bench(
+    settings: Sequence[Setting],
+    ids: Sequence[int],
+    *,
+    repeats: int = 5,
+    progress: Callable[[int], None] | None = None,
+) -> list[Row]:
+    """Measure settings of one length and dtype against each other, and the machine beside them.
 
     Args:
         settings: Run one after the other in each round, so that a slow minute of the machine meets all of them.
+        ids: The prompt.
         repeats: Rounds.
         progress: Called with the number of measurements done.
 
     Returns:
-        One row per setting: its fields, the median of every figure, and per figure the smallest and largest value
-        under "spread".
+        One row per setting: its fields, the median of every figure, per figure the smallest and largest value under
+        "spread", and under "roofline" the tokens per second that the machine could read and decode at best, from the
+        medians of its bandwidth and arithmetic; None where that is not known.
 
     Raises:
         LococoError: If a measurement fails; the message is the process's own.
     """
     measured: list[list[Row]] = [[] for _ in settings]
+    machines: list[Row] = []
     for turn in range(repeats * len(settings)):
         which = turn % len(settings)
-        measured[which].append(measure_in_new_process(settings[which]))
+        if which == 0:
+            machines.append(_in_new_process("machine", {"dtype": settings[0].dtype, "device": settings[0].device}))
+        measured[which].append(measure_in_new_process(settings[which], ids))
         if progress is not None:
             progress(turn + 1)
+    limits = {name: median(each[name] for each in machines) for name in machines[0]}
     return [
         asdict(setting)
         | {figure: median(row[figure] for row in rows) for figure in FIGURES}
         | {"repeats": repeats, "spread": {f: [min(r[f] for r in rows), max(r[f] for r in rows)] for f in FIGURES}}
+        | {"roofline": _roofline(rows[0], len(ids), limits)}
         for rows, setting in zip(measured, settings, strict=True)
     ]
+
+
+def _roofline(row: Row, length: int, limits: Row) -> Row:
+    reading = None if row["operations"] is None else limits["operations_per_s"] * length / row["operations"]
+    decoding = limits["bytes_per_s"] / (row["weight_bytes"] + row["kv_bytes"])
+    return {"prefill_tokens_per_s": reading, "decode_tokens_per_s": decoding, **limits}
 
 
 def table(rows: Sequence[Row]) -> "Table":
@@ -99,24 +107,47 @@ def table(rows: Sequence[Row]) -> "Table":
     from lococo.progress import mib
 
     made = Table("tokens", "compressor", title="medians; factors are to the first compressor of the same length")
-    for heading in ("read tokens/s", "decode tokens/s", "first token s", "peak memory", "keys and values"):
+    headings = "read tokens/s", "of roofline", "decode tokens/s", "of roofline", "first token s", "peak memory"
+    for heading in (*headings, "keys and values"):
         made.add_column(heading, justify="right")
     first: dict[int, Row] = {}
     for row in rows:
         base = first.setdefault(row["length"], row)
-        speeds = [f"{row[f]:,.1f} ({row[f] / base[f]:.2f}x)" for f in FIGURES[:2]]
-        memory = [mib(row[f]) for f in FIGURES[3:]]
+        speeds = []
+        for figure in FIGURES[:2]:
+            best = row["roofline"][figure]
+            speeds += [f"{row[figure]:,.1f} ({row[figure] / base[figure]:.2f}x)"]
+            speeds += ["" if best is None else f"{row[figure] / best:.0%}"]
+        memory = [mib(row[f]) for f in FIGURES[3:5]]
         made.add_row(f"{row['length']:,}", row["compressor"], *speeds, f"{row[FIGURES[2]]:,.1f}", *memory)
     return made
 
 
-def measure_in_new_process(setting: Setting) -> Row:
-    """Run `measure` in a fresh process, so that no measurement finds the memory of another."""
+def measure_in_new_process(setting: Setting, ids: Sequence[int]) -> Row:
+    """Run `measure` in a fresh process, so that no measurement finds the memory of another.
+
+    Raises:
+        LococoError: If it fails; the message ends with the process's last line.
+    """
+    from lococo.models import files_of
+
+    peer = PEERS.get(setting.compressor)
+    python = None
+    if peer is not None and peer.apart:
+        python, setting = python_of(peer.needs), replace(setting, model=files_of(setting.model))
+    try:
+        asked = {"setting": asdict(setting), "ids": list(ids)}
+        return _in_new_process("reading", asked, python=python, exact_memory=setting.exact_memory)
+    except LococoError as error:
+        raise LococoError(f"measuring {setting.compressor} at {setting.length} tokens failed: {error}") from error
+
+
+def _in_new_process(what: str, asked: Row, *, python: Path | None = None, exact_memory: bool = False) -> Row:
     # Read by glibc when a process starts: from this size on, memory is mapped piece by piece.
-    exact = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)} if setting.exact_memory else {}
+    exact = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)} if exact_memory else {}
     process = subprocess.run(
-        [sys.executable, "-m", "lococo.bench.measure"],
-        input=json.dumps(asdict(setting)),
+        [str(python or sys.executable), "-c", START, str(Path(lococo.__file__)), what],
+        input=json.dumps(asked),
         capture_output=True,
         text=True,
         check=False,
@@ -124,70 +155,61 @@ def measure_in_new_process(setting: Setting) -> Row:
     )
     if process.returncode != 0:
         last = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
-        raise LococoError(f"measuring {setting.compressor} at {setting.length} tokens failed: {last[0]}")
+        raise LococoError(last[0])
     figures: Row = json.loads(process.stdout.splitlines()[-1])
     return figures
 
 
-def measure(setting: Setting) -> Row:
+def measure(setting: Setting, ids: Sequence[int]) -> Row:
     """Read a prompt, decode a few tokens, and return the figures.
 
     Memory is the resident set's peak minus what the loaded and warmed-up model held before the prompt.
     """
-    import torch
-
-    from lococo.attachment import attach
-    from lococo.cache import SlotCache, kv_nbytes
-    from lococo.documents import demo_text, encode_stream
-    from lococo.models import load_model
-    from lococo.reader import prefill
-
-    model, tokenizer = load_model(setting.model, dtype=setting.dtype, device=setting.device)
-    ids = torch.tensor([list(islice(_forever(encode_stream, tokenizer, demo_text()), setting.length))])
-    options = {"num_slots": setting.num_slots, "chunk_size": setting.chunk_size}
-    with attach(model, setting.compressor, **options) as slots, torch.no_grad():  # type: ignore[arg-type]
+    peer = PEERS.get(setting.compressor)
+    with (with_slots if peer is None else peer.opened)(setting) as reader:
         # As far as the first compression, so that all code has run once.
-        prefill(model, ids[:, : setting.num_slots + 2 * setting.chunk_size], slots.new_cache())
+        reader.step(reader.read(ids[: setting.num_slots + 2 * setting.chunk_size]))
         gc.collect()
-        before = _reset_peak(model.device)
-        cache = slots.new_cache()
+        before = _reset_peak(reader.device_type)
         start = time.perf_counter()
-        if isinstance(cache, SlotCache):
-            logits = prefill(model, ids, cache)
-        else:
-            logits = model(ids.to(model.device), past_key_values=cache, logits_to_keep=1).logits[:, -1]
-        token = logits.argmax(-1, keepdim=True)
-        token.tolist()
+        token = reader.read(ids)
         read = time.perf_counter()
         steps = []
         for _ in range(setting.decode_tokens):
             begun = time.perf_counter()
-            token = prefill(model, token, cache).argmax(-1, keepdim=True)
-            token.tolist()
+            token = reader.step(token)
             steps.append(time.perf_counter() - begun)
-        peak = _peak(model.device) - before
+        peak = _peak(reader.device_type) - before
+        kv_bytes, work = reader.kv_bytes(), reader.work(len(ids))
     return {
-        "prefill_tokens_per_s": setting.length / (read - start),
+        "prefill_tokens_per_s": len(ids) / (read - start),
         "decode_tokens_per_s": 1 / median(steps),
+        "decode_p95_s": sorted(steps)[math.ceil(0.95 * len(steps)) - 1],
         "time_to_first_token_s": read - start,
         "peak_memory_bytes": peak,
-        "kv_bytes": kv_nbytes(cache),
+        "kv_bytes": kv_bytes,
+        "weight_bytes": work.weight_bytes,
+        "operations": work.operations,
     }
 
 
-def _forever(encode: Callable[..., Iterator[list[int]]], tokenizer: Any, text: str) -> Iterator[int]:
-    while True:
-        for piece in encode(tokenizer, [text]):
-            yield from piece
+def prompt(model: str | None, length: int) -> list[int]:
+    """Return so many tokens of the demo's text, again and again."""
+    from lococo.documents import demo_text, encode_stream
+    from lococo.models import load_tokenizer
+
+    tokenizer, text = load_tokenizer(model), demo_text()
+    pieces = (piece for _ in itertools.count() for piece in encode_stream(tokenizer, [text]))
+    return list(itertools.islice(itertools.chain.from_iterable(pieces), length))
 
 
-def _reset_peak(device: Any) -> int:
+def _reset_peak(device_type: str) -> int:
     """Forget the memory peak so far; return the bytes held now."""
-    if device.type == "cuda":
+    if device_type == "cuda":
         import torch
 
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
     # What was freed but not given back would be used again without a trace, and longer prompts leave more of it.
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -195,14 +217,14 @@ def _reset_peak(device: Any) -> int:
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")
     except OSError:
-        return _peak(device)
+        return _peak(device_type)
 
 
-def _peak(device: Any) -> int:
-    if device.type == "cuda":
+def _peak(device_type: str) -> int:
+    if device_type == "cuda":
         import torch
 
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_allocated()
     try:
         return _status("VmHWM")
     except OSError:
@@ -218,5 +240,8 @@ def _status(field: str) -> int:
     raise OSError(f"no {field} in /proc/self/status")
 
 
-if __name__ == "__main__":
-    print(json.dumps(measure(Setting(**json.load(sys.stdin)))))
+def main(what: str) -> None:
+    """Measure what standard input asks for, a reading or the machine, and print the figures as JSON."""
+    asked = json.load(sys.stdin)
+    measured = machine(**asked) if what == "machine" else measure(Setting(**asked["setting"]), asked["ids"])
+    print(json.dumps(measured))

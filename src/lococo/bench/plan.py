@@ -12,6 +12,7 @@ from lococo.bench.known import KNOWN
 from lococo.cache import SlotCache
 from lococo.entries import QUERY_ROWS
 from lococo.errors import ArgumentError
+from lococo.facts import ModelFacts
 from lococo.slot_layer import SlotLayer
 
 if TYPE_CHECKING:
@@ -201,10 +202,8 @@ def device_of(said: str) -> tuple[str, float]:
 
 def _shape(model: PreTrainedModel) -> tuple[int, int, int]:
     """Return query heads, key/value heads and head_dim."""
-    config = model.config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    return heads, groups, getattr(config, "head_dim", None) or config.hidden_size // heads
+    facts = ModelFacts.of(model)
+    return model.config.get_text_config(decoder=True).num_attention_heads, facts.num_key_value_heads, facts.head_dim
 
 
 def _full_cache(model: PreTrainedModel, batch: int, context: int) -> int:

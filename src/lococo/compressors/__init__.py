@@ -29,9 +29,9 @@ class Shape:
     facts: ModelFacts | None = None
 
 
-# Raised whenever a compressor does something else than before under the same name, so that what was measured with it is
-# measured again.
-METHODS = 3
+# Raised whenever the compressors of this table do something else than before under the same name, so that what was
+# measured with them is measured again. Heads have a `revision` of their own.
+METHODS = 2
 
 QUERIES = frozenset({"queries"})
 

@@ -29,6 +29,10 @@ LOGARITHMS = (1e-4, 1e-6, 1e-6, 1.0), (1 / 2, 1 / 2, 1 / 2, 1 / 4)
 # gains, and they count less by the third power (docs/log.md).
 FULL_SCORES_SLOTS = 256
 
+# Share of the slots that scorers decide about, at most. Look-ahead mass decides about the others, or long texts fill
+# all slots with what nobody ever asks for (docs/log.md).
+SCORED_SHARE = 0.25
+
 # Where a scorer's softplus starts: nearly flat, so that entries which nobody asks for keep the mass they have.
 BONUS_START = -4.0
 
@@ -40,6 +44,8 @@ class LearnedHeads(nn.Module):
 
     kind = "lococo"
     observes: frozenset[str] = frozenset({"queries"})
+    # Raised whenever the same weights do something else than before; see `compressors.METHODS`.
+    revision = 1
 
     def __init__(self, form: HeadSettings, name: str = "lococo") -> None:
         super().__init__()
@@ -87,19 +93,21 @@ class LearnedHeads(nn.Module):
         least = None if self.on_compress is None else self.on_compress(layer_idx, entries, num_slots)
         mass = entries.future_mass.clamp(min=1e-9)
         bonus, correction = self._said(entries, mass, str(layer_idx))
-        if bonus is not None:
-            mass = raised(mass, bonus[0], num_slots)
         if least is not None:
             mass = mass.maximum(least)
         scores = mass.detach().clone()  # which entries stay is no smooth choice
         scores[..., len(entries) - RECENT :] = torch.inf
+        if bonus is not None:
+            mass = raised(mass, bonus[0], num_slots)
+            foreseen = scores.topk(num_slots - int(SCORED_SHARE * num_slots), sorted=False).indices
+            scores = scores.maximum(mass.detach()).scatter_(2, foreseen, torch.inf)
         kept = scores.topk(num_slots, sorted=False).indices.sort().values
         gain = None
         if correction is not None:
             weight, gain = correction
             mass = mass * weight.exp()
-        if not self.form.max_log_mass:
-            gain = None
+            # Once, when an entry becomes a slot: what is added at every compression has no end (docs/log.md).
+            gain = gain * (entries.log_mass == 0) if self.form.max_log_mass else None
         return merged_by_mass(entries, kept, mass, gain=gain, max_log_mass=self.form.max_log_mass)
 
     def corrections(self, entries: Entries, layer_idx: int) -> dict[str, Tensor]:

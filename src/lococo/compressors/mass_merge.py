@@ -17,10 +17,6 @@ BLOCK = 32
 # A slot stands for at most this many times its own mass, as a logarithm.
 MAX_LOG_MASS = 3.0
 
-# And asks for at least this: what heads take away at every compression adds up, and they learned it over ten of them.
-# After a hundred the oldest slots would fall silent (docs/log.md).
-MIN_LOG_MASS = -0.3
-
 
 @dataclass(frozen=True)
 class MassMerge:
@@ -81,7 +77,7 @@ def merged_by_mass(
     return replace(
         slots,
         values=(weighted / total[..., None]).to(entries.values.dtype),
-        log_mass=log_mass.clamp(MIN_LOG_MASS, max_log_mass),
+        log_mass=log_mass.clamp(max=max_log_mass),
         mass=None if slots.mass is None else _summed(entries, slots, gone, anchor),
     )
 

@@ -1,0 +1,205 @@
+"""Ways of reading a text that are measured against each other: slots, and what one would use in their place.
+
+Each is opened in a process of its own (`measure.py`). kvpress lives in an environment of its own too, where of lococo
+only this file and the two that call it are imported: nothing at the top of them may import torch or transformers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one process measures.
+
+    Attributes:
+        compressor: Name of a compressor, or of a peer (`PEERS`).
+        length: Tokens of the prompt.
+        num_slots: Slots per layer; for kvpress, entries that stay.
+        chunk_size: Tokens per forward pass.
+        dtype: Of the model; llama.cpp has its file's own.
+        device: Of the model; None: where it loads.
+        model: See `load_model`.
+        decode_tokens: Tokens decoded after the prompt.
+        exact_memory: Take and give back memory in the pieces that tensors ask for. The allocator otherwise keeps what
+            was freed, between 15 and 45 MiB of it from run to run, and is faster for it.
+    """
+
+    compressor: str
+    length: int
+    num_slots: int = 512
+    chunk_size: int = 256
+    dtype: str = "float32"
+    device: str | None = None
+    model: str | None = None
+    decode_tokens: int = 32
+    exact_memory: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a reader cannot do without, however fast it is.
+
+    Attributes:
+        weight_bytes: Read for every token that is decoded, beside what is kept of the text.
+        operations: Multiplications and additions for reading the prompt, those of attention included; None: unknown.
+    """
+
+    weight_bytes: int
+    operations: float | None
+
+
+class Reader(Protocol):
+    """Something that reads a prompt and goes on from it."""
+
+    device_type: str
+
+    def read(self, ids: Sequence[int]) -> int:
+        """Read a prompt from nothing, and return the token that is most likely to follow."""
+        ...
+
+    def step(self, token: int) -> int:
+        """Read one more token, and return the next."""
+        ...
+
+    def kv_bytes(self) -> int:
+        """Return the memory of what is kept of the text."""
+        ...
+
+    def work(self, length: int) -> Work:
+        """Return what a prompt of so many tokens and the tokens after it ask for at least."""
+        ...
+
+
+class Transformers:
+    """A model of transformers and one of its caches."""
+
+    def __init__(self, model: Any, new_cache: Callable[[], Any], *, chunk_size: int | None = None) -> None:
+        """Take a model and what makes an empty cache; `chunk_size` None reads a prompt in one forward pass."""
+        self.model = model
+        self.device_type: str = model.device.type
+        self.new_cache = new_cache
+        self.chunk_size = chunk_size
+        self.cache: Any = None
+
+    def read(self, ids: Sequence[int]) -> int:
+        """See `Reader`."""
+        self.cache = self.new_cache()
+        size = self.chunk_size or len(ids)
+        token = 0
+        for start in range(0, len(ids), size):
+            token = self._forward(ids[start : start + size])
+        return token
+
+    def step(self, token: int) -> int:
+        """See `Reader`."""
+        return self._forward([token])
+
+    def _forward(self, ids: Sequence[int]) -> int:
+        import torch
+
+        rows = torch.tensor([list(ids)], device=self.model.device)
+        output = self.model(input_ids=rows, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return int(output.logits[0, -1].argmax())
+
+    def attended(self, length: int) -> float:
+        """Return how many entries a prompt's tokens attend to, on average."""
+        return (length + 1) / 2
+
+    def work(self, length: int) -> Work:
+        """See `Reader`."""
+        config = self.model.config.get_text_config(decoder=True)
+        head = self.model.get_output_embeddings().weight
+        tables = {id(self.model.get_input_embeddings().weight), id(head)}
+        inner = [weight for weight in self.model.parameters() if id(weight) not in tables]
+        size = sum(weight.nbytes for weight in inner) + head.nbytes
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        attention = 4 * config.num_hidden_layers * config.num_attention_heads * head_dim * self.attended(length)
+        multiplied = sum(weight.numel() for weight in inner if weight.dim() > 1)
+        return Work(size, length * (2 * multiplied + attention) + 2 * head.numel())
+
+    def kv_bytes(self) -> int:
+        """See `Reader`."""
+        return sum(_bytes_in(vars(layer)) for layer in self.cache.layers)
+
+
+class Slots(Transformers):
+    """A model that reads with slots."""
+
+    def attended(self, length: int) -> float:
+        """Return how many entries a prompt's tokens attend to, on average: at most the slots and half a chunk."""
+        return min(super().attended(length), float(self.cache.num_slots + self.cache.chunk_size / 2))
+
+    def read(self, ids: Sequence[int]) -> int:
+        """See `Reader`."""
+        self.cache = self.new_cache()
+        return self._forward(ids)
+
+    def _forward(self, ids: Sequence[int]) -> int:
+        import torch
+
+        from lococo.reader import prefill
+
+        rows = torch.tensor([list(ids)], device=self.model.device)
+        return int(prefill(self.model, rows, self.cache)[0].argmax())
+
+    def kv_bytes(self) -> int:
+        """See `Reader`."""
+        from lococo.cache import kv_nbytes
+
+        return kv_nbytes(self.cache)
+
+
+def _bytes_in(held: object) -> int:
+    """Return the bytes of all tensors in nested containers."""
+    if isinstance(held, dict):
+        return sum(map(_bytes_in, held.values()))
+    if isinstance(held, (list, tuple)):
+        return sum(map(_bytes_in, held))
+    # Tensors, those of quantised kinds included, whose parts count for themselves.
+    parts = [getattr(held, name) for name in ("_data", "_scale", "_shift") if hasattr(held, name)]
+    return _bytes_in(parts) if parts else int(getattr(held, "nbytes", 0))
+
+
+@contextmanager
+def with_slots(setting: Setting) -> Iterator[Reader]:
+    """Open a reader with slots."""
+    import torch
+
+    from lococo.attachment import attach
+
+    model = _loaded(setting)
+    options: dict[str, Any] = {"num_slots": setting.num_slots, "chunk_size": setting.chunk_size}
+    with attach(model, setting.compressor, **options) as slots, torch.no_grad():
+        yield Slots(model, slots.new_cache)
+
+
+@contextmanager
+def with_full_cache(setting: Setting, *, chunked: bool = False) -> Iterator[Reader]:
+    """Open a reader with transformers' own cache."""
+    import torch
+    from transformers import DynamicCache
+
+    model = _loaded(setting)
+    with torch.no_grad():
+        size = setting.chunk_size if chunked else None
+        yield Transformers(model, lambda: DynamicCache(config=model.config), chunk_size=size)
+
+
+@contextmanager
+def with_quantized_cache(setting: Setting, **options: Any) -> Iterator[Reader]:
+    """Open a reader with transformers' quantised cache; options as that takes them."""
+    import torch
+    from transformers import QuantizedCache
+
+    model = _loaded(setting)
+    with torch.no_grad():
+        yield Transformers(model, lambda: QuantizedCache(config=model.config, **options))
+
+
+def _loaded(setting: Setting) -> Any:
+    from lococo.models import load_model
+
+    return load_model(setting.model, dtype=setting.dtype, device=setting.device)[0]

@@ -262,6 +262,7 @@ def bench(
     decode_tokens: int = 32,
     exact_memory: bool = False,
     json: str,
+    plot: str | None = None,
     model: ModelOptions,
 ) -> None:
     """Measure speed and memory of reading and decoding, compressors taking turns, each in a fresh process.
@@ -278,11 +279,15 @@ def bench(
         decode_tokens: Tokens decoded after the prompt.
         exact_memory: Count only what tensors take, not what the allocator keeps of it; slower, so not for speeds.
         json: File for the results, one JSON object per line; replaced once all are there.
+        plot: Picture to draw of speed and memory by length, such as bench.svg.
         model: Which model reads.
     """
     check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, repeats=repeats, decode_tokens=decode_tokens)
     check_at_least_one(lengths=min(lengths))
     target = output_file(json)
+    picture = None if plot is None else output_file(plot)
+    if picture is not None:
+        check_extra("eval", "matplotlib")
     from rich.console import Console
 
     from lococo.bench import measure
@@ -312,6 +317,10 @@ def bench(
             for row in measure.bench(settings, ids[:length], repeats=repeats, progress=tell):
                 results.add(row)
     Console().print(measure.table(results.rows))
+    if picture is not None:
+        from lococo.eval import plots
+
+        plots.save(plots.bench(results.rows), picture)
 
 
 def report(results: list[str], *, output: str, baseline: str = "full") -> None:

@@ -120,7 +120,10 @@ def bench(rows: Sequence[Row]) -> "Figure":
         panel.margins(x=0.3)
         panel.set_xlabel("tokens")
         panel.set_title(words)
-        panel.set_ylim(bottom=0)
+        if len(lengths) > 2:
+            panel.set_yscale("log")
+        else:
+            panel.set_ylim(bottom=0)
 
     return _panels(list(figures), draw)
 

@@ -11,6 +11,8 @@ from lococo.eval.tables import task_name
 from lococo.progress import mib
 from lococo.results import Row
 
+SPEEDS = ("prefill_tokens_per_s", "decode_tokens_per_s")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -284,15 +286,24 @@ def _bench(rows: list[Row], baseline: str) -> Section:
         [
             *_words(row["compressor"]),
             *_wholes(row, "length", "num_slots"),
-            *(_spread(row, name) for name in ("prefill_tokens_per_s", "decode_tokens_per_s")),
+            *(cell for name in SPEEDS for cell in (_spread(row, name), _of_roofline(row, name))),
             *(Cell(mib(row[name]), row[name]) for name in ("kv_bytes", "peak_memory_bytes")),
         ]
         for row in rows
     ]
-    headings = ["compressor", "tokens", "slots", "read per second", "decoded per second", "keys and values", "peak"]
-    words = "Speed and memory, each measurement in a fresh process, compressors taking turns; medians and extremes."
+    speeds = ["read per second", "of roofline", "decoded per second", "of roofline"]
+    headings = ["compressor", "tokens", "slots", *speeds, "keys and values", "peak"]
+    words = (
+        "Speed and memory, each measurement in a fresh process, compressors taking turns; medians and extremes. The "
+        "roofline is what the machine's arithmetic (reading) and bandwidth (decoding) allow, measured in the same run."
+    )
     sheets = [Sheet("what it costs", headings, lines)]
     return Section("What it costs", words, lambda: plots.bench(rows), sheets)
+
+
+def _of_roofline(row: Row, name: str) -> Cell:
+    best = row.get("roofline", {}).get(name)
+    return Cell("", -1) if best is None else Cell(f"{row[name] / best:.0%}", row[name] / best)
 
 
 def _spread(row: Row, name: str) -> Cell:

@@ -295,6 +295,8 @@ def bench(
     from lococo.progress import beyond, counting
 
     compressor = [name for name in compressor if _is_there(name)]
+    if not compressor:
+        raise ArgumentError("nothing that was named can be measured here; name a compressor, such as mass-merge")
     ids = measure.prompt(model.model, max(lengths))
     with results_file(target) as results, counting("measurements") as progress:
         total = len(lengths) * repeats * len(compressor)

@@ -1,3 +1,4 @@
+import gc
 import io
 import json
 import subprocess
@@ -12,6 +13,7 @@ from rich.console import Console
 from lococo import cli
 from lococo.bench import measure
 from lococo.bench.readers import Setting
+from lococo.cache import SlotCache
 from lococo.errors import LococoError
 
 
@@ -74,6 +76,20 @@ def test_one_measurement(folder, compressor):
     assert row["decode_tokens_per_s"] > 0
 
 
+def test_what_the_warm_up_read_is_given_back_before_memory_is_counted(folder, monkeypatch):
+    reset, held = measure._reset_peak, []
+
+    def counted(device_type):
+        held.extend(each for each in gc.get_objects() if type(each) is SlotCache)
+        return reset(device_type)
+
+    gc.collect()
+    before = [each for each in gc.get_objects() if type(each) is SlotCache]
+    monkeypatch.setattr(measure, "_reset_peak", counted)
+    measure.measure(Setting("h2o", 100, num_slots=40, chunk_size=16, model=str(folder), decode_tokens=1), [1] * 100)
+    assert len(held) <= len(before)
+
+
 def test_a_fresh_process_gives_the_figures_or_its_last_word(folder):
     setting = Setting("h2o", 100, num_slots=40, chunk_size=16, model=str(folder), decode_tokens=1)
     assert set(measure.measure_in_new_process(setting, [1] * 100)) > set(measure.FIGURES)
@@ -122,3 +138,6 @@ def test_the_verb_leaves_out_what_is_not_installed(tmp_path, monkeypatch, capsys
         assert row["roofline"]["decode_tokens_per_s"] > 0
     assert "kvpress-snapkv is left out: kvpress is not installed; install it with" in capsys.readouterr().err
     assert "<svg" in picture.read_text()
+    asked = ["bench", "--lengths", "60", "--compressor", "kvpress-snapkv", "--json", str(target), "--model", model]
+    assert cli.main(asked) != 0
+    assert "nothing that was named can be measured here" in capsys.readouterr().err

@@ -28,6 +28,8 @@ def test_the_full_cache_goes_on_as_the_model_does(model, chunked):
         assert then == model(torch.tensor([[*IDS, follows]])).logits[0, -1].argmax()
         assert reader.kv_bytes() == 151 * ENTRY * 4
         assert reader.read(IDS) == follows  # from nothing, not after what was read
+        reader.forget()
+        assert reader.cache is None
 
 
 @torch.no_grad()

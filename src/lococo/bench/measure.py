@@ -169,6 +169,7 @@ def measure(setting: Setting, ids: Sequence[int]) -> Row:
     with (with_slots if peer is None else peer.opened)(setting) as reader:
         # As far as the first compression, so that all code has run once.
         reader.step(reader.read(ids[: setting.num_slots + 2 * setting.chunk_size]))
+        reader.forget()
         gc.collect()
         before = _reset_peak(reader.device_type)
         start = time.perf_counter()

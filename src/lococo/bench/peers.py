@@ -97,6 +97,10 @@ class LlamaCpp:
         """See `Reader`."""
         return self._forward([token])
 
+    def forget(self) -> None:
+        """See `Reader`; the memory stays taken."""
+        self.llama.reset()
+
     def _forward(self, ids: Sequence[int]) -> int:
         self.llama.eval(list(ids))
         return int(self.llama.sample(temp=0.0))

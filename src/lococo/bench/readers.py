@@ -64,6 +64,10 @@ class Reader(Protocol):
         """Read one more token, and return the next."""
         ...
 
+    def forget(self) -> None:
+        """Give back the memory of what was read."""
+        ...
+
     def kv_bytes(self) -> int:
         """Return the memory of what is kept of the text."""
         ...
@@ -96,6 +100,10 @@ class Transformers:
     def step(self, token: int) -> int:
         """See `Reader`."""
         return self._forward([token])
+
+    def forget(self) -> None:
+        """See `Reader`."""
+        self.cache = None
 
     def _forward(self, ids: Sequence[int]) -> int:
         import torch

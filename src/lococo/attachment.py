@@ -5,12 +5,12 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, cast
 
 import torch
-from torch import Tensor
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
@@ -21,6 +21,7 @@ from lococo.errors import ArgumentError, LococoError, UnsupportedModelError, Win
 from lococo.facts import ModelFacts, weights_fingerprint
 from lococo.norms import norms_of
 from lococo.rope import Rotary
+from lococo.steps import Steps, linear_step
 
 
 class Attachment:
@@ -34,11 +35,13 @@ class Attachment:
         slots_per_layer: Sequence[int] | None,
         chunk_size: int,
         positions: Positions,
+        compiled: bool,
     ) -> None:
         self.model = model
         self.decoder = cast(PreTrainedModel, model.base_model)
         self.chunk_size = chunk_size
         self.positions = positions
+        self.compiled = compiled
         self.facts = ModelFacts.of(model)
         self.layers = slot_layer_indices(model)
         self.rotary = Rotary(self.decoder)
@@ -51,7 +54,7 @@ class Attachment:
         mean = sum(self.slots_per_layer) / len(self.slots_per_layer)
         self.num_slots = int(mean) if mean == int(mean) else mean
         self.norms = norms_of(self.compressor)
-        self._restore: Callable[[], None] | None = None
+        self._undo: list[Callable[[], None]] = []
 
     def _make(self, compressor: str | Compressor, slots_per_layer: list[int]) -> Compressor | None:
         """Return the compressor, on the model's device; None stands for "full"."""
@@ -109,32 +112,45 @@ class Attachment:
         implementation = config._attn_implementation
         if implementation.startswith(attention.PREFIX):
             raise LococoError("the model is attached already; leave the first `with attach(...)` before the second")
-        own_forward = self.decoder.__dict__.get("forward")
-        forward = self.decoder.forward
-        handles: list[RemovableHandle] = []
-
-        def restore() -> None:
-            for handle in handles:
-                handle.remove()
-            config._attn_implementation = implementation
-            if own_forward is None:
-                del self.decoder.forward
-            else:
-                self.decoder.forward = own_forward
-
-        self._restore = restore
+        undo: list[Callable[[], None]] = [lambda: setattr(config, "_attn_implementation", implementation)]
         config._attn_implementation = attention.register(implementation)
-        self.decoder.forward = _ReadingInChunks(forward, self.decoder)
-        handles += [] if self.norms is None else self.norms.install(self.decoder)
+        forward = self.decoder.forward
+        steps = Steps(forward) if self.compiled else None
+        undo.append(_replace_forward(self.decoder, _ReadingInChunks(forward, self.decoder, steps)))
+        head = self.model.get_output_embeddings()
+        if self.compiled and type(head) is nn.Linear:
+            undo.append(_replace_forward(head, partial(_logits, head.forward, head)))
+        undo += [] if self.norms is None else [handle.remove for handle in self.norms.install(self.decoder)]
+        self._undo = undo
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Leave the model as it was found."""
-        assert self._restore is not None
-        self._restore()
-        self._restore = None
+        while self._undo:
+            self._undo.pop()()
+
+
+def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable[[], None]:
+    """Give a module another forward; what is returned gives it its own back."""
+    own = module.__dict__.get("forward")
+
+    def restore() -> None:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+    module.forward = forward
+    return restore
+
+
+def _logits(forward: Callable[[Tensor], Tensor], head: nn.Linear, hidden: Tensor) -> Tensor:
+    """Read logits off hidden states, compiled for one row of them."""
+    if hidden.numel() != hidden.shape[-1] or torch.is_grad_enabled():
+        return forward(hidden)
+    return linear_step(hidden.reshape(-1), head.weight, head.bias).view(*hidden.shape[:-1], -1)
 
 
 def attach(
@@ -145,6 +161,7 @@ def attach(
     chunk_size: int = 256,
     positions: Positions = "packed",
     slots_per_layer: Sequence[int] | None = None,
+    compiled: bool = False,
 ) -> Attachment:
     """Let a model read text of any length in a fixed number of key/value slots.
 
@@ -158,6 +175,8 @@ def attach(
             the same for all others, see `SlotCache`.
         slots_per_layer: Another number of slots for every layer, of mean num_slots; see `lococo.budgets`. By default
             what learned heads bring along, and num_slots for all others.
+        compiled: Compile the decoding of single tokens with torch.compile: the first of them waits for a C++ compiler,
+            a minute for 30 layers, and all others come several times as fast.
 
     Returns:
         A context manager; inside, `new_cache()` makes caches for `model.generate(past_key_values=...)` and for the
@@ -186,7 +205,7 @@ def attach(
         )
     if compressor == "auto":
         compressor = compressors.default(ModelFacts.of(model))
-    attachment = Attachment(model, compressor, num_slots, slots_per_layer, chunk_size, positions)
+    attachment = Attachment(model, compressor, num_slots, slots_per_layer, chunk_size, positions, compiled)
     window, most = window_of(model), max(attachment.slots_per_layer)
     if attachment.compressor is not None and window is not None and most + chunk_size > window:
         raise ArgumentError(
@@ -237,9 +256,10 @@ def slot_layer_indices(model: PreTrainedModel) -> list[int]:
 class _ReadingInChunks:
     """The decoder's forward, reading a call with a SlotCache chunk by chunk, whatever its length."""
 
-    def __init__(self, forward: Callable[..., Any], decoder: PreTrainedModel) -> None:
+    def __init__(self, forward: Callable[..., Any], decoder: PreTrainedModel, steps: Steps | None) -> None:
         self.forward = forward
         self.decoder = decoder
+        self.steps = steps
         self.__signature__ = inspect.signature(forward)  # generate() looks at it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -255,7 +275,7 @@ class _ReadingInChunks:
                 "transformers drops the cache under gradient checkpointing, so nothing can be read in slots; "
                 "call model.gradient_checkpointing_disable()"
             )
-        return _read_columns(self.forward, cache, arguments)
+        return _read_columns(self.forward, self.steps, cache, arguments)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise LococoError(
@@ -263,13 +283,16 @@ class _ReadingInChunks:
         )
 
 
-def _read_columns(forward: Callable[..., Any], cache: SlotCache, arguments: dict[str, Any]) -> Any:
+def _read_columns(forward: Callable[..., Any], steps: Steps | None, cache: SlotCache, arguments: dict[str, Any]) -> Any:
     inputs: Tensor = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
     batch, columns = inputs.shape[:2]
     seen = cache.rows.seen
     real = _real_columns(arguments.get("attention_mask"), batch, columns, seen)
     position_ids = arguments.get("position_ids")
     _check_window(cache, columns, position_ids)
+    if steps is not None and real is None and steps.takes(cache, arguments):
+        with cache.chunk(batch, columns, real, position_ids, inputs.device) as chunk:
+            return steps(cache, chunk.position_ids, **{name: arguments.get(name) for name in INPUTS})
     outputs = []
     start = 0
     while start < columns:
@@ -285,8 +308,11 @@ def _read_columns(forward: Callable[..., Any], cache: SlotCache, arguments: dict
     return outputs[0] if len(outputs) == 1 else _join(outputs)
 
 
+# What a decoder reads: one of them.
+INPUTS = ("input_ids", "inputs_embeds")
+
 # Arguments with one entry per column of the call.
-PER_COLUMN = ("input_ids", "inputs_embeds", "token_type_ids")
+PER_COLUMN = (*INPUTS, "token_type_ids")
 
 
 def _cut(name: str, value: Any, start: int, stop: int, seen: int) -> Any:

@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 from lococo.cache import SlotCache
 from lococo.rope import modeling_function
 from lococo.slot_layer import SlotLayer
+from lococo.steps import StepCache, StepLayer
 
 PREFIX = "lococo-"
 
@@ -46,7 +47,7 @@ def slot_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    slot_cache: SlotCache | None = None,
+    slot_cache: SlotCache | StepCache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend over slots and chunk.
@@ -65,12 +66,18 @@ def slot_attention(
         The output (b q h*g d), and the attention map where the implementation returns one.
     """
     layer = None if slot_cache is None else slot_cache.layers[cast(int, module.layer_idx)]
-    if not isinstance(layer, SlotLayer):
+    if not isinstance(layer, SlotLayer | StepLayer):
         return _function(implementation, module)(module, query, key, value, attention_mask, **kwargs)
     # Flash and flex kernels take no bias per entry.
     own = implementation if implementation in ("eager", "sdpa") else "sdpa"
     function = _function(own, module)
-    if own == "sdpa" and query.shape[0] == 1 and query.shape[2] > 1 and query.device.type == "cpu":
+    if (
+        isinstance(layer, SlotLayer)
+        and own == "sdpa"
+        and query.shape[0] == 1
+        and query.shape[2] > 1
+        and query.device.type == "cpu"
+    ):
         output = _without_copies(function, query, key, value, layer.shared_bias(query), **kwargs)
     else:
         output = function(module, query, key, value, layer.attention_bias(query), **kwargs)

@@ -65,6 +65,8 @@ class SlotCache(Cache):
         self.rotary = rotary
         self.rows = Rows(min(slots_per_layer) + chunk_size, chunk_size)
         self.incomplete = False
+        # How compiled steps see it, see `steps`; made by the first of them.
+        self.step: Any = None
         budgets = iter(slots_per_layer)
         super().__init__(
             layers=[
@@ -105,12 +107,16 @@ class SlotCache(Cache):
         """Bytes of keys and values alone."""
         return kv_nbytes(self)
 
-    def norms_holding(self) -> AbstractContextManager[None]:
-        """Let the compressor's changes of norms hold, for rows that hold slots, until the block ends."""
+    def norms_holding(self, *, always: bool = False) -> AbstractContextManager[None]:
+        """Let the compressor's changes of norms hold, for rows that hold slots, until the block ends.
+
+        Args:
+            always: Have factors at hand where no row holds slots, too: those of 1.
+        """
         norms = norms_of(self.compressor)
         if norms is None:
             return nullcontext()
-        return norms.holding([held > 0 for held in self.slot_layers[0].held], self.num_slots)
+        return norms.holding([held > 0 for held in self.slot_layers[0].held], self.num_slots, always=always)
 
     def detach(self) -> None:
         """Cut the gradient off here: what follows does not reach what was read so far."""
@@ -257,7 +263,7 @@ def fork(cache: Cache) -> Cache:
     if not isinstance(cache, SlotCache):
         return copy.deepcopy(cache)
     made = copy.copy(cache)
-    made.rows = copy.deepcopy(cache.rows)
+    made.rows, made.step = copy.deepcopy(cache.rows), None
     made.layers = [
         layer.fork(made.rows) if isinstance(layer, SlotLayer) else copy.deepcopy(layer) for layer in cache.layers
     ]

@@ -261,6 +261,7 @@ def bench(
     repeats: int = 5,
     decode_tokens: int = 32,
     exact_memory: bool = False,
+    compiled: bool = False,
     json: str,
     plot: str | None = None,
     model: ModelOptions,
@@ -278,6 +279,7 @@ def bench(
         repeats: Rounds, of which the medians are taken.
         decode_tokens: Tokens decoded after the prompt.
         exact_memory: Count only what tensors take, not what the allocator keeps of it; slower, so not for speeds.
+        compiled: Compile the decoding of those that read with slots.
         json: File for the results, one JSON object per line; replaced once all are there.
         plot: Picture to draw of speed and memory by length, such as bench.svg.
         model: Which model reads.
@@ -312,6 +314,7 @@ def bench(
                     model=model.model,
                     decode_tokens=decode_tokens,
                     exact_memory=exact_memory,
+                    compiled=compiled,
                 )
                 for name in compressor
             ]

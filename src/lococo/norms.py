@@ -36,12 +36,12 @@ class NormDeltas(nn.Module):
         self._factors: Tensor | None = None
 
     @contextmanager
-    def holding(self, rows: list[bool], num_slots: float) -> Iterator[None]:
-        """Let the changes hold for these rows of the batch until the block ends."""
-        if any(rows):
+    def holding(self, rows: list[bool], num_slots: float, *, always: bool = False) -> Iterator[None]:
+        """Let the changes hold for these rows of the batch until the block ends; see `SlotCache.norms_holding`."""
+        if always or any(rows):
             strength = (REFERENCE_SLOTS / num_slots) ** self.exponent
-            holding = torch.ones(1, 1) if all(rows) else torch.tensor(rows)[:, None]
-            self._factors = 1 + self.delta[:, None, None] * (strength * holding[..., None].to(self.delta))
+            holding = torch.tensor(rows)[:, None, None].to(self.delta)
+            self._factors = 1 + self.delta[:, None, None] * (strength * holding)
         try:
             yield
         finally:

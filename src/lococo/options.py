@@ -70,12 +70,15 @@ class AnswerOptions:
         temperature: 0 takes the likeliest token each time; more is more varied.
         top_p: Sample from the likeliest tokens of this total probability.
         seed: Makes a sampled answer repeatable.
+        compiled: Compile the decoding of single tokens first, which takes a minute and a C++ compiler; then they come
+            several times as fast.
     """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         # The reader says the same, but only once a long text is read.

@@ -121,7 +121,9 @@ class Reading:
 
 
 @contextlib.contextmanager
-def opened(using: ModelOptions, slots: SlotOptions, *, loaded: Loaded | None = None) -> Iterator[Session]:
+def opened(
+    using: ModelOptions, slots: SlotOptions, *, loaded: Loaded | None = None, compiled: bool = False
+) -> Iterator[Session]:
     """Load a model, unless it is loaded, and attach it; what can be checked without the model is checked first."""
     _check_compressor(slots)
     model, tokenizer = loaded or using.load()
@@ -142,13 +144,16 @@ def opened(using: ModelOptions, slots: SlotOptions, *, loaded: Loaded | None = N
         chunk_size=slots.chunk_size,
         positions=slots.positions,
         slots_per_layer=budget,
+        compiled=compiled,
     )
     with attachment:
         yield Session(model, tokenizer, attachment, Prompt.of(tokenizer))
 
 
 @contextlib.contextmanager
-def resumed(path: Path, using: ModelOptions) -> Iterator[tuple[Session, SlotCache, "torch.Tensor", ContextInfo]]:
+def resumed(
+    path: Path, using: ModelOptions, *, compiled: bool = False
+) -> Iterator[tuple[Session, SlotCache, "torch.Tensor", ContextInfo]]:
     """Load a context with the model and settings it was made with; yield the session, cache, token ids and header."""
     info = describe_context(path)
     model, tokenizer = _load_named(info, using)
@@ -165,6 +170,7 @@ def resumed(path: Path, using: ModelOptions) -> Iterator[tuple[Session, SlotCach
         chunk_size=info.chunk_size,
         positions=info.positions,  # type: ignore[arg-type]
         slots_per_layer=info.slots_per_layer,
+        compiled=compiled,
     )
     with attachment:
         context = load_context(path, attachment, tokenizer)

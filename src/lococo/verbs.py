@@ -49,7 +49,7 @@ def run(
     text = text_of(files)
     from lococo.session import opened
 
-    with opened(model, slots) as session:
+    with opened(model, slots, compiled=answer.compiled) as session:
         cache = session.slots.new_cache()
         reading = session.read(cache, text)
         result = session.figures(cache, len(reading.token_ids))
@@ -112,7 +112,7 @@ def ask(context: str, question: str, *, model: ModelOptions, answer: AnswerOptio
     check_exists(path, CONTEXT)
     from lococo.session import resumed
 
-    with resumed(path, model) as (session, cache, token_ids, _):
+    with resumed(path, model, compiled=answer.compiled) as (session, cache, token_ids, _):
         result = session.figures(cache, len(token_ids))
         result["answer"] = _streamed(session.answer(cache, question, answer), human(json))
     if json:
@@ -135,10 +135,10 @@ def chat(*, context: str | None = None, model: ModelOptions, slots: SlotOptions,
     from lococo.session import opened, resumed
 
     if path is None:
-        with opened(model, slots) as session:
+        with opened(model, slots, compiled=answer.compiled) as session:
             talk(session, session.slots.new_cache(), answer, after="opening")
     else:
-        with resumed(path, model) as (session, cache, _, _):
+        with resumed(path, model, compiled=answer.compiled) as (session, cache, _, _):
             talk(session, cache, answer, after="document")
 
 

@@ -1,0 +1,241 @@
+"""Decoding as one compiled graph.
+
+A decoding step reads one token per row. What takes its time is not arithmetic but some thousand calls around it. Slots
+live in buffers that never change their shape, so the whole decoder can be compiled, once for the life of a cache: what
+changes from step to step, such as where a row's next entry goes, comes in tensors. A `StepCache` shows a SlotCache in
+that form to the model's own forward; it holds nothing itself. `SlotLayer` does the same call by call, and is what tests
+compare with.
+"""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import MoeModelOutputWithPast
+
+from lococo.cache import SlotCache
+from lococo.errors import LococoError
+from lococo.slot_layer import SlotLayer
+
+# What a step may be asked for; a call with more is read the plain way.
+KNOWN = {"input_ids", "inputs_embeds", "position_ids", "past_key_values", "attention_mask", "use_cache", "slot_cache"}
+
+
+class StepLayer(CacheLayerMixin):
+    """One slot layer's buffers, which a step reads whole and writes at `place`."""
+
+    is_sliding = False
+    is_compileable = True
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    log_mass: Tensor
+    token_index: Tensor
+    mass: Tensor | None
+    queries: Tensor | None
+
+    def __init__(self, step: "StepCache") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.is_initialized = True
+        self.step = step
+        # Attention mass of the step's queries, until the step is counted, (b h s); None: nobody asks for it.
+        self.pending: Tensor | None = None
+
+    def show(self, layer: SlotLayer, place: Tensor) -> None:
+        """Take a layer's buffers, and where each row's next entry goes, (b)."""
+        for name in SlotLayer.row_tensors:
+            setattr(self, name, getattr(layer, name))
+        self.place = place
+        if layer.mass is not None and (self.pending is None or self.pending.shape != layer.mass.shape):
+            self.pending = torch.zeros_like(layer.mass)
+        layer.pending_mass = self.pending
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write one key and value per row, (b h 1 d); return the whole buffers, (b h s d)."""
+        step, rows, place = self.step, self.step.rows, self.place
+        heads = key_states.shape[1]
+        self.keys[rows, :, place] = key_states[:, :, 0]
+        self.values[rows, :, place] = value_states[:, :, 0]
+        self.positions[rows, :, place] = step.positions[:, None].expand(-1, heads)
+        self.token_index[rows, :, place] = step.tokens[:, None].expand(-1, heads)
+        self.log_mass[rows, :, place] = 0.0
+        if self.mass is not None:
+            self.mass[rows, :, place] = 0.0
+        return self.keys, self.values
+
+    def attention_bias(self, query: Tensor) -> Tensor:
+        """Return log_mass, and what hides the part of the buffer that is not filled, (b h*g 1 s)."""
+        bias = self._bias().to(query.dtype)
+        return bias.repeat_interleave(query.shape[1] // bias.shape[1], 1)
+
+    def observe(self, query: Tensor, scaling: float, softcap: float | None) -> None:
+        """Take down what the compressor asked for of a step's queries, (b h*g 1 d)."""
+        b, heads, _, d = query.shape
+        h = self.log_mass.shape[1]
+        queries = query.view(b, h, heads // h, d)
+        if self.queries is not None:
+            self.queries[self.step.rows, :, :, self.step.ring] = queries
+        if self.pending is not None:
+            logits = (queries.float() * scaling) @ self.keys.float().transpose(2, 3)
+            if softcap is not None:
+                logits = (logits / softcap).tanh() * softcap
+            self.pending.copy_((logits + self._bias()).softmax(-1).sum(2))
+
+    def _bias(self) -> Tensor:
+        width = self.log_mass.shape[-1]
+        hidden = torch.arange(width, device=self.place.device) > self.place[:, None]
+        return self.log_mass.masked_fill(hidden[:, None], -torch.inf)[:, :, None]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: buffers are those of the slot layer."""
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (length, offset) of transformers' mask, which slots do not use."""
+        return query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Return 0: positions are given with every step."""
+        return 0
+
+    def get_max_length(self) -> int:
+        """Return -1: any number of tokens can be read."""
+        return -1
+
+
+class StepCache(Cache):
+    """A SlotCache as a graph wants it; of fixed shape, with all that changes in tensors."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(layers=[StepLayer(self) for _ in range(number)])
+
+    def show(self, cache: SlotCache, positions: Tensor) -> None:
+        """Take a cache's buffers, and what its next step needs to know; positions are (b 1) or (1 1)."""
+        tokens, device = cache.rows.tokens, positions.device
+        self.rows = torch.arange(len(tokens), device=device)
+        self.tokens = torch.tensor(tokens, device=device)
+        self.ring = self.tokens % cache.chunk_size
+        self.positions = positions[:, 0].float().expand(len(tokens)).contiguous()
+        layers = cache.slot_layers
+        places = torch.tensor([layer.filled for layer in layers], device=device).unbind()
+        for mine, layer, place in zip(self.layers, layers, places, strict=True):
+            cast(StepLayer, mine).show(layer, place)
+
+
+class Steps:
+    """Reads one token per row by a compiled forward of a decoder; made anew with every attachment, compiled once."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+
+    def takes(self, cache: SlotCache, arguments: dict[str, Any]) -> bool:
+        """Tell whether a call can be such a step: one token in every row of a cache that has read something."""
+        inputs = arguments.get("input_ids", arguments.get("inputs_embeds"))
+        asked = {name for name, value in arguments.items() if value is not None and value is not False}
+        return (
+            inputs is not None
+            and inputs.shape[1] == 1
+            and cache.rows.seen > 0
+            and asked <= KNOWN
+            and len(cache.slot_layers) == len(cache.layers)
+            and not torch.is_grad_enabled()
+        )
+
+    def __call__(self, cache: SlotCache, position_ids: Tensor, **inputs: Any) -> MoeModelOutputWithPast:
+        """Read the step, inside the cache's chunk; inputs are input_ids or inputs_embeds."""
+        if cache.step is None:
+            cache.step = StepCache(len(cache.layers))
+        cache.step.show(cache, position_ids)
+        with cache.norms_holding(always=True):
+            hidden = compiled(_decoder_step)(self.forward, cache.step, position_ids, **inputs)
+        return MoeModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+
+
+def _decoder_step(forward: Callable[..., Any], cache: StepCache, position_ids: Tensor, **inputs: Any) -> Tensor:
+    output = forward(position_ids=position_ids, past_key_values=cache, slot_cache=cache, use_cache=True, **inputs)
+    return cast(Tensor, output.last_hidden_state)
+
+
+def linear_step(row: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply a row (d) by a matrix, compiled: the last step of a decoder, from hidden states to logits."""
+    return cast(Tensor, compiled(functional.linear)(row, weight, bias))
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function as one graph; compiled by the first call of each kind, the same for all callers.
+
+    Raises:
+        LococoError: Of the call, where there is no compiler.
+    """
+    known = _COMPILED.get(function)
+    if known is None:
+        graph = torch.compile(function, backend=_backend, fullgraph=True, dynamic=False)
+
+        def known(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return graph(*args, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                reason = " ".join(str(error).split())[:200]
+                raise LococoError(f"decoding could not be compiled ({reason}); leave out compiled") from error
+
+        _COMPILED[function] = known
+    return known
+
+
+_COMPILED: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def _backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx
+
+    if not any(isinstance(each, Tensor) and each.device.type != "cpu" for each in inputs):
+        for node in graph.graph.nodes:
+            if node.op == "call_function" and node.target in _ON_CPU:
+                node.target = _ON_CPU[node.target]
+        graph.recompile()
+    return cast(Callable[..., Any], compile_fx(graph, inputs))
+
+
+def _row_times_matrix(row: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply one row by a matrix as products and sums.
+
+    The compiler makes one loop of them that reads weights as fast as memory gives them; the libraries' own products of
+    matrices, made for many rows, reach half of that here (docs/log.md).
+    """
+    if row.numel() != row.shape[-1]:
+        return functional.linear(row, weight, bias)
+    product = (row.reshape(1, -1) * weight).sum(-1, dtype=torch.float32).to(row.dtype)
+    product = product if bias is None else product + bias
+    return product.view(*row.shape[:-1], -1)
+
+
+def _attention_of_one_query(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Attend with one query per head as products and sums, which are compiled into few loops."""
+    if query.shape[2] != 1 or dropout_p or enable_gqa:
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    logits = (query.float() * scale * key.float()).sum(-1)  # (b h s)
+    logits = logits if attn_mask is None else logits + attn_mask[:, :, 0].float()
+    weights = logits.softmax(-1)
+    return (weights[..., None] * value.float()).sum(2, keepdim=True).to(query.dtype)
+
+
+# What a graph for a CPU has in place of functions that are slow for one row.
+_ON_CPU: dict[Any, Any] = {
+    functional.linear: _row_times_matrix,
+    functional.scaled_dot_product_attention: _attention_of_one_query,
+}

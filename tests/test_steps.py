@@ -1,0 +1,102 @@
+import pytest
+import torch
+from families import heads_for, left_padded, tiny, tokens
+from torch._dynamo.utils import counters
+from torch.nn import functional
+
+import lococo
+from lococo import steps
+from lococo.reader import prefill
+
+NAMES = ("keys", "values", "positions", "log_mass", "token_index", "mass", "queries")
+
+
+def decoded(model, compressor, ids, mask, prompt, *, compiled):
+    """Read a prompt, then token by token; logits of every step, and the cache."""
+    with lococo.attach(model, compressor, num_slots=40, chunk_size=16, compiled=compiled) as slots, torch.no_grad():
+        cache = slots.new_cache()
+        logits = [prefill(model, ids[:, :prompt], cache, attention_mask=mask)]
+        for place in range(prompt, ids.shape[1]):
+            logits.append(prefill(model, ids[:, place : place + 1], cache, attention_mask=mask))
+        return torch.stack(logits), cache
+
+
+@pytest.mark.parametrize("compressor", ["h2o", "lococo"])
+def test_compiled_steps_do_what_plain_ones_do_in_one_graph(compressor):
+    # From a cache that was never compressed through three compressions, rows at different places.
+    model = tiny()
+    if compressor == "lococo":
+        compressor = heads_for(model, scale=0.05)
+    ids, mask = left_padded(tokens(2, 100), [0, 9])
+    plain, cache = decoded(model, compressor, ids, mask, 30, compiled=False)
+    counters.clear()
+    compiled, same = decoded(model, compressor, ids, mask, 30, compiled=True)
+    assert (plain - compiled).abs().max() < 2e-5
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    for one, other in zip(cache.layers, same.layers, strict=True):
+        for name in NAMES:
+            held, compared = getattr(one, name), getattr(other, name)
+            assert (held is None) == (compared is None)
+            if held is not None:
+                width = held.shape[3] if name == "queries" else max(one.filled)
+                dimension = 3 if name == "queries" else 2
+                difference = held.narrow(dimension, 0, width) - compared.narrow(dimension, 0, width)
+                assert difference.abs().max() < 2e-5, name
+
+
+def test_generate_and_one_row_of_logits_are_the_same_compiled():
+    model, ids = tiny(), tokens(1, 50)
+    answers = []
+    for compiled in (False, True):
+        with lococo.attach(model, "mass-merge", num_slots=32, chunk_size=16, compiled=compiled) as slots:
+            options = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+            answers.append(model.generate(ids, past_key_values=slots.new_cache(), **options))
+    assert torch.equal(*answers)
+    assert "forward" not in vars(model.get_output_embeddings())
+
+
+def test_what_no_step_can_do_is_read_the_plain_way():
+    model, ids = tiny("gemma3"), tokens(1, 60)
+    with lococo.attach(model, "mass-merge", num_slots=32, chunk_size=16, compiled=True) as slots, torch.no_grad():
+        counters.clear()
+        cache = slots.new_cache()
+        prefill(model, ids, cache)  # its sliding layers grow and wrap around
+        prefill(model, ids[:, :1], cache)
+        assert all("step" not in str(graph) for graph in counters["frames"])
+        assert cache.step is None
+    with lococo.attach(tiny(), "mass-merge", num_slots=32, chunk_size=16, compiled=True) as slots:
+        cache = slots.new_cache()
+        tiny()(ids[:, :1], past_key_values=cache)  # the first token: nothing is allocated yet
+        output = tiny()(ids[:, :1], past_key_values=cache, output_hidden_states=True)
+        assert cache.step is None
+        assert len(output.hidden_states) == 5
+
+
+def test_products_and_sums_are_those_of_the_libraries():
+    torch.manual_seed(0)
+    row, weight, bias = torch.randn(1, 1, 24), torch.randn(40, 24), torch.randn(40)
+    mine = steps._row_times_matrix(row, weight, bias)
+    assert torch.allclose(mine, functional.linear(row, weight, bias), atol=1e-5)
+    query, key, value = torch.randn(2, 4, 1, 12), torch.randn(2, 4, 30, 12), torch.randn(2, 4, 30, 12)
+    mask = torch.randn(2, 4, 1, 30).masked_fill(torch.rand(2, 4, 1, 30) < 0.3, -torch.inf)
+    mine = steps._attention_of_one_query(query, key, value, mask, scale=0.3)
+    assert torch.allclose(mine, functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3), atol=1e-5)
+
+
+def test_without_a_compiler_decoding_says_so_in_one_line(monkeypatch):
+    def no_compiler(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(steps, "_COMPILED", {})
+    monkeypatch.setattr(steps, "_backend", no_compiler)
+    model, ids = tiny("qwen3"), tokens(1, 30)
+    with lococo.attach(model, "mass-merge", num_slots=32, chunk_size=16, compiled=True) as slots, torch.no_grad():
+        cache = slots.new_cache()
+        model.base_model(ids, past_key_values=cache)
+        with pytest.raises(
+            lococo.LococoError, match=r"could not be compiled \(.*no C\+\+ compiler.*leave out compiled"
+        ):
+            model.base_model(ids[:, :1], past_key_values=cache)
+        held = cache.rows.tokens
+    assert held == [30]

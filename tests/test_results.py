@@ -117,3 +117,18 @@ def test_a_finished_run_leaves_what_another_one_has_measured(tmp_path):
         results.add(kept | {"name": "b"})
     assert lines(target) == results.rows == [{"a": 2, "run": results.rows[0]["run"]}, {"a": 1, "name": "b"}]
     assert lines(partial) == [kept]
+
+
+def test_what_is_measured_as_a_whole_is_taken_over_as_a_whole(tmp_path):
+    target = tmp_path / "rows.jsonl"
+    with results_file(target) as results:
+        results.together("key", 2, lambda: [{"a": 1}, {"a": 2}])
+    with results_file(target) as results:
+        results.together("key", 2, lambda: pytest.fail("measured again"))
+        results.together("other", 1, lambda: [{"a": 3}])
+    assert [json.loads(line)["a"] for line in target.read_text().splitlines()] == [1, 2, 3]
+    # Of a run that was killed between them, only the first is there.
+    target.write_text(target.read_text().splitlines()[0] + "\n")
+    with results_file(target) as results:
+        results.together("key", 2, lambda: [{"a": 4}, {"a": 5}])
+    assert [row["a"] for row in results.rows] == [4, 5]

@@ -61,6 +61,26 @@ class Results:
         self.rows.append(row)
         return row
 
+    def together(self, key: str, count: int, measure: Callable[[], list[Row]]) -> None:
+        """Add the rows of what is measured as a whole, now unless all of them are known.
+
+        Args:
+            key: Names what was measured, see `key_of`.
+            count: How many rows it has.
+            measure: Returns them.
+        """
+        runs = [f"{key}-{number}" for number in range(count)]
+        known = self._finished | self._kept
+        if all(run in known for run in runs):
+            rows = [known[run] for run in runs]
+        else:
+            rows = [row | self._about | {RUN: run} for run, row in zip(runs, measure(), strict=True)]
+        for run, row in zip(runs, rows, strict=True):
+            if self._kept.get(run) is not row:
+                self._kept[run] = row
+                self._write(row)
+        self.rows += rows
+
     def add(self, row: Row) -> None:
         """Keep a row that no later run takes over."""
         row = {name: value for name, value in row.items() if name != RUN} | self._about

@@ -1,3 +1,4 @@
+import shutil
 from copy import deepcopy
 from pathlib import Path
 
@@ -6,7 +7,7 @@ from families import tiny
 
 from lococo.errors import ArgumentError, DocumentError
 from lococo.eval import ablations, perplexity, plots
-from lococo.results import Results
+from lococo.results import Results, results_file
 
 TABLE = """
 base: {num_slots: [24], chunk_size: 16, length: 100, steps: 2, calibrate_at: [], learned_scores: false}
@@ -59,9 +60,21 @@ def test_rows_are_trained_once_and_measured_where_they_say(tmp_path, data, token
         assert row["low"] <= row["gap"] <= row["high"]
         assert row["gap"] == pytest.approx(sum(row["by_domain"].values()) / 2)
     said.clear()
-    monkeypatch.setattr(perplexity, "score", lambda *arguments: pytest.fail("measured again"))
-    assert run() == results
+    with monkeypatch.context() as patched:
+        patched.setattr(perplexity, "score", lambda *arguments: pytest.fail("measured again"))
+        assert run() == results
     assert not any("training in" in line for line in said)
+    # The rows alone are enough: the folder may be another machine's.
+    shutil.rmtree(tmp_path / "out")
+    said.clear()
+    with results_file(tmp_path / "rows.jsonl") as found:
+        found.together("unasked", 1, lambda: [{}])
+        ablations.run(rows[:1], model, tokenizer, data=data, output=tmp_path / "out", results=found, say=said.append)
+    shutil.rmtree(tmp_path / "out")
+    with results_file(tmp_path / "rows.jsonl") as found:
+        ablations.run(rows[:1], model, tokenizer, data=data, output=tmp_path / "out", results=found, say=said.append)
+    assert sum("training in" in line for line in said) == 1
+    assert len(found.rows) == 4
     plots.save(plots.ablations(made), tmp_path / "plot.svg")
     assert "kernel size" in (tmp_path / "plot.svg").read_text()
     with pytest.raises(ArgumentError, match=r"name a file such as plot\.svg"):

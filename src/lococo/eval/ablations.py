@@ -1,18 +1,22 @@
 """Ablations: one part of the heads or their training changed at a time, trained, and measured on the same text.
 
 A table in YAML names the common recipe, where the heads are measured, and per row what differs. Trainings that rows
-share run once; what is done is found again after an interruption.
+share run once. What is done is found again after an interruption: what rows share in the output folder, and rows in the
+file of results alone, which can be taken to another machine.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lococo import compressors
 from lococo.attachment import attach
 from lococo.compressors.heads import read_config
+from lococo.compressors.learned import LearnedHeads
 from lococo.corpora import domains
 from lococo.errors import ArgumentError, DocumentError
 from lococo.eval import perplexity
@@ -116,7 +120,7 @@ def run(
     results: Results,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Train and measure every row.
+    """Train and measure every row that is not known.
 
     Args:
         ablations: See `read_table`.
@@ -129,19 +133,43 @@ def run(
         say: Called with a line for people.
     """
     _check(ablations, model, data)
-    output = output.resolve() / key_of({"model": weights_fingerprint(model), "data": str(data.resolve())})
+    fixed = {"model": weights_fingerprint(model), "dtype": str(model.dtype), "text": _text(data)}
+    output = output.resolve() / key_of(fixed)
     output.mkdir(parents=True, exist_ok=True)
-    names = [_trained(ablation, model, tokenizer, data, output, say) for ablation in ablations]
     kept = Results(output / "measured.jsonl")
-    for use in dict.fromkeys(ablation.use for ablation in ablations):
-        same = [(ablation, name) for ablation, name in zip(ablations, names, strict=True) if ablation.use == use]
-        compressors = list(dict.fromkeys(name for _, name in same))
-        say(f"measuring {len(compressors)} compressors with chunks of {use.chunk_size} and budgets {use.budget}")
-        measured = perplexity.evaluate(model, tokenizer, data=data, compressors=compressors, results=kept, **vars(use))
-        for ablation, name in same:
-            for row in measured:
-                if row["compressor"] == Path(name).name:
-                    results.add({"subject": ablation.subject, "name": ablation.name} | row | _trained_with(name))
+    for ablation in ablations:
+        key = key_of(fixed | _made_with(ablation))
+        count = len(domains(data)) * len(ablation.use.num_slots)
+        results.together(key, count, partial(_measured, ablation, model, tokenizer, data, output, kept, say))
+
+
+def _text(data: Path) -> list[tuple[str, int]]:
+    """Return what tells texts apart without reading them."""
+    files = sorted(path for path in data.rglob("*") if path.is_file())
+    return [(path.relative_to(data).as_posix(), path.stat().st_size) for path in files]
+
+
+def _made_with(ablation: Ablation) -> Row:
+    """Return all of a row that its figures depend on; what it is called as well, since rows carry it."""
+    recipe = None if ablation.recipe is None else vars(ablation.recipe)
+    how = {"methods": compressors.METHODS, "heads": LearnedHeads.revision}
+    return vars(ablation) | how | {"recipe": recipe, "use": vars(ablation.use)}
+
+
+def _measured(
+    ablation: Ablation,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Path,
+    output: Path,
+    kept: Results,
+    say: Callable[[str], None],
+) -> list[Row]:
+    name = _trained(ablation, model, tokenizer, data, output, say)
+    say(f"{ablation.subject}, {ablation.name}: measuring")
+    measured = perplexity.evaluate(model, tokenizer, data=data, compressors=[name], results=kept, **vars(ablation.use))
+    own = [row for row in measured if row["compressor"] == Path(name).name]
+    return [{"subject": ablation.subject, "name": ablation.name} | row | _trained_with(name) for row in own]
 
 
 def _check(ablations: list[Ablation], model: PreTrainedModel, data: Path) -> None:

@@ -39,10 +39,15 @@ def logits(weights: dict[str, Tensor], config: dict, ids: Tensor, mask: Tensor, 
 def angles(config: dict, positions: Tensor, divides: bool) -> tuple[Tensor, Tensor]:
     """Cosines and sines of each pair of numbers, (b n pairs)."""
     dim, ratio = config["kv_channels"] // 2, config.get("rope_ratio", 1)
-    base, places = (10000, positions.double() / ratio) if divides else (10000 * ratio, positions.double())
-    turns = torch.stack([places / base ** (2 * pair / dim) for pair in range(dim // 2)], dim=-1)
-    dtype = torch.get_default_dtype()
-    return turns.cos().to(dtype), turns.sin().to(dtype)
+    # In float32, as ChatGLM has them: an angle of 30,000 is known to 0.002 there, in its logits as in ours.
+    places, base = positions.float(), 10000.0
+    if divides:
+        places = places / ratio
+    else:
+        base = base * ratio
+    speeds = 1.0 / base ** (torch.arange(0, dim, 2).float() / dim)
+    turns = torch.stack([places * speed for speed in speeds], dim=-1)
+    return turns.cos(), turns.sin()
 
 
 def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

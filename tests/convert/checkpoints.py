@@ -70,7 +70,7 @@ def weights_of(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]
     fused = inner + 2 * config["multi_query_group_num"] * config["kv_channels"]
 
     def noise(*shape: int, mean: float = 0.0) -> torch.Tensor:
-        return mean + 0.3 * torch.randn(*shape, generator=generator)
+        return mean + 0.25 * torch.randn(*shape, generator=generator)
 
     made = {"transformer.embedding.word_embeddings.weight": noise(vocabulary, hidden)}
     made["transformer.rotary_pos_emb.inv_freq"] = noise(config["kv_channels"] // 4).half()
@@ -85,7 +85,7 @@ def weights_of(config: dict[str, Any], seed: int = 0) -> dict[str, torch.Tensor]
         made[f"{prefix}.mlp.dense_h_to_4h.weight"] = noise(2 * wide, hidden)
         made[f"{prefix}.mlp.dense_4h_to_h.weight"] = noise(hidden, wide)
     made["transformer.encoder.final_layernorm.weight"] = noise(hidden, mean=1.0)
-    made["transformer.output_layer.weight"] = noise(vocabulary, hidden)
+    made["transformer.output_layer.weight"] = noise(vocabulary, hidden) / 2
     return made
 
 

@@ -108,7 +108,7 @@ class Layout:
             found[place.name] = shard
         if missing := [name for name in self.shapes if name not in found and name != INV_FREQ]:
             raise ConversionError(
-                f"{len(missing)} tensors that config.json asks for are in no shard ({missing[0]}, ...); "
+                f"{missing[0]} and {len(missing) - 1} other tensors that config.json asks for are in no shard; "
                 "fetch the shards that are missing"
             )
 

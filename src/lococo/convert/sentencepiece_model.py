@@ -1,7 +1,9 @@
 """A sentencepiece model as a tokenizer of the tokenizers library, with the same ids for every text.
 
 Source: sentencepiece_model.proto says what the fields mean. A text is normalised, gets a space in front, has its spaces
-written as U+2581, and is cut into pieces; a character without a piece becomes its bytes.
+written as U+2581, and is cut into pieces; a character without a piece becomes its bytes. One difference is left: a
+unigram model of the tokenizers library takes the name of a control piece, spelled out in a text, for that piece.
+ChatGLM's models are BPE, in which nothing merges to such a name.
 """
 
 import re
@@ -51,8 +53,8 @@ def tokenizer_of(proto: Any) -> Any:
     tokenizer.normalizer = normalizers.Sequence(steps)
     if symbols := [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]:
         # Longer symbols first, as sentencepiece looks for them; each stays in one piece.
-        longest = sorted(map(re.escape, symbols), key=len, reverse=True)
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(longest)), behavior="isolated")
+        longest = sorted(symbols, key=len, reverse=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, longest))), behavior="isolated")
     made = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if proto.normalizer_spec.add_dummy_prefix:
         made.append(decoders.Strip(" ", 1, 0))

@@ -1,0 +1,347 @@
+"""A converted checkpoint computes what the checkpoint did, goes back byte for byte, and is whole or absent."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from chatglm_oracle import logits
+from checkpoints import save, save_shards
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GlmForCausalLM
+
+import lococo
+from lococo.convert import chatglm
+from lococo.convert.chatglm import convert, convert_back
+from lococo.errors import ArgumentError, ConversionError, FileFormatError
+
+CASES = {
+    "chatglm3": {"family": "chatglm3"},
+    "chatglm3 without rope_ratio": {"family": "chatglm3", "rope_ratio": 1},
+    "chatglm3 without bias": {"family": "chatglm3", "add_qkv_bias": False},
+    "chatglm2": {"family": "chatglm2"},
+    "glm-4": {"family": "glm-4"},
+}
+SHARD = "model-00002-of-00003.safetensors"
+QKV = "transformer.encoder.layers.1.self_attention.query_key_value.weight"
+
+
+def converted(folder: Path, **options: Any) -> tuple[GlmForCausalLM, dict[str, torch.Tensor], dict[str, Any]]:
+    weights, config = save(folder / "source", **options)
+    convert(folder / "source", folder / "target")
+    model, info = AutoModelForCausalLM.from_pretrained(folder / "target", dtype="auto", output_loading_info=True)
+    assert type(model) is GlmForCausalLM
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval(), weights, config
+
+
+def batch(length: int = 20, pads: tuple[int, ...] = (0, 7, 13)) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(5, 300, (len(pads), length), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    for row, pad in enumerate(pads):
+        mask[row, :pad] = 0
+        ids[row, :pad] = 0
+    return ids, mask
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class TestTheSameModel:
+    @pytest.mark.parametrize("start", [0, 8200, 24000])
+    @pytest.mark.parametrize("pads", [(0, 0, 0), (0, 7, 13)])
+    @pytest.mark.parametrize("name", CASES)
+    def test_logits_are_those_of_chatglm(self, name: str, pads: tuple[int, ...], start: int, tmp_path: Path) -> None:
+        model, weights, config = converted(tmp_path, **CASES[name])
+        ids, mask = batch(pads=pads)
+        # Far from the beginning, and far from one another: RoPE only sees differences.
+        positions = start + 400 * (mask.cumsum(-1) - 1).clamp(min=0)
+        with torch.no_grad():
+            came = model(ids, attention_mask=mask, position_ids=positions).logits
+        right, wrong = (
+            logits(weights, config, ids, mask, positions, divides=divides)
+            for divides in ((True, False) if name == "chatglm2" else (False, True))
+        )
+        real = mask.bool()
+        assert (came - right)[real].abs().max() < 1e-5
+        if config["rope_ratio"] != 1:  # the other reading of rope_ratio is another model
+            assert (came - wrong)[real].abs().max() > 0.1
+
+    def test_the_config_says_what_chatglm_means(self, tmp_path: Path) -> None:
+        for name, theta, kind in (("chatglm3", 5e5, "default"), ("chatglm2", 1e4, "linear"), ("glm-4", 5e6, "default")):
+            save(tmp_path / name, family=name)
+            convert(tmp_path / name, tmp_path / f"{name}-glm")
+            config = AutoConfig.from_pretrained(tmp_path / f"{name}-glm")
+            assert config.model_type == "glm"
+            assert config.rope_parameters["rope_theta"] == theta
+            assert config.rope_parameters["rope_type"] == kind
+            assert config.rope_parameters["partial_rotary_factor"] == 0.5
+            assert (config.rope_parameters.get("factor") == 4.0) == (name == "chatglm2")
+            if name == "glm-4":
+                assert (config.eos_token_id, config.pad_token_id) == ([259, 266, 268], 259)
+                assert (config.max_position_embeddings, config.rms_norm_eps) == (131072, 1.5625e-07)
+            else:
+                assert (config.eos_token_id, config.pad_token_id) == (2, 0)
+                assert (config.max_position_embeddings, config.rms_norm_eps) == (32768, 1e-5)
+
+    def test_half_precision_is_kept(self, tmp_path: Path) -> None:
+        source = tmp_path / "source"
+        weights, _ = save(source, torch_dtype="bfloat16")
+        save_shards(source, {name: tensor.bfloat16() for name, tensor in weights.items()}, 3)
+        convert(source, tmp_path / "target")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "target", dtype="auto")
+        fused = torch.cat([getattr(model.model.layers[1].self_attn, f"{part}_proj").weight for part in "qkv"])
+        assert fused.dtype == torch.bfloat16
+        assert torch.equal(fused, weights[QKV].bfloat16())
+
+
+class TestSlots:
+    def test_enough_slots_are_the_full_cache_and_few_are_compressed(self, tmp_path: Path) -> None:
+        model, _, _ = converted(tmp_path)
+        ids, mask = batch(length=90)
+        with torch.no_grad():
+            full = model(ids, attention_mask=mask).logits
+            with lococo.attach(model, "mass-merge", num_slots=96, chunk_size=16) as slots:
+                whole = model(ids, attention_mask=mask, past_key_values=slots.new_cache()).logits
+            with lococo.attach(model, "mass-merge", num_slots=32, chunk_size=16) as slots:
+                cache = slots.new_cache()
+                few = model(ids, attention_mask=mask, past_key_values=cache).logits
+        real = mask.bool()
+        assert (whole - full)[real].abs().max() < 1e-4
+        # The first row alone reads without padding in front, so it is compressed once 32 + 16 tokens are read.
+        assert (few - full)[0, :48].abs().max() < 1e-4
+        assert (few - full)[0, 64:].abs().max() > 1e-3
+        assert max(cache.slot_layers[0].filled) <= 48
+
+    def test_it_answers_by_its_chat_template(self, tmp_path: Path) -> None:
+        save(tmp_path / "source")
+        convert(tmp_path / "source", tmp_path / "target")
+        model, tokenizer = lococo.load_model(tmp_path / "target")
+        from lococo.prompts import Prompt
+
+        prompt = Prompt.of(tokenizer)
+        assert (prompt.opening, prompt.closing) == ("[gMASK]<sop><|user|>\n ", "<|assistant|>")
+        assert prompt.turn == "<|user|>\n "
+        user, observation = tokenizer.convert_tokens_to_ids(["<|user|>", "<|observation|>"])
+        assert model.generation_config.eos_token_id == [2, user, observation]
+
+
+class TestBack:
+    @pytest.mark.parametrize("shards", [1, 3])
+    @pytest.mark.parametrize("name", CASES)
+    def test_every_byte_comes_back(self, name: str, shards: int, tmp_path: Path) -> None:
+        save(tmp_path / "source", **CASES[name], shards=shards)
+        there = convert(tmp_path / "source", tmp_path / "target")
+        back = convert_back(tmp_path / "target", tmp_path / "back")
+        before, after = contents(tmp_path / "source"), contents(tmp_path / "back")
+        assert before == after
+        assert sum(name.endswith(".safetensors") for name in after) == shards == there.shards == back.shards
+        assert there.family == back.family == CASES[name]["family"]
+
+    def test_odd_headers_come_back_as_well(self, tmp_path: Path) -> None:
+        # Metadata, spaces and an order of tensors that no library would write by itself.
+        weights, _ = save(tmp_path / "source", shards=1)
+        path = tmp_path / "source" / "model.safetensors"
+        entries: dict[str, Any] = {}
+        data = b""
+        for name in sorted(weights, reverse=True):
+            raw = weights[name].numpy().tobytes()
+            kind = "F16" if weights[name].dtype == torch.float16 else "F32"
+            entries[name] = {"data_offsets": [len(data), len(data) + len(raw)], "shape": list(weights[name].shape)}
+            entries[name]["dtype"] = kind
+            data += raw
+        text = json.dumps(entries | {"__metadata__": {"format": "pt", "說": "好"}}, indent=1) + "   "
+        path.write_bytes(len(text.encode()).to_bytes(8, "little") + text.encode() + data)
+        convert(tmp_path / "source", tmp_path / "target")
+        with safe_open(tmp_path / "target" / "model.safetensors", "pt") as shard:
+            assert torch.equal(
+                shard.get_tensor("model.norm.weight"), weights["transformer.encoder.final_layernorm.weight"]
+            )
+            assert shard.metadata()["說"] == "好"
+        convert_back(tmp_path / "target", tmp_path / "back")
+        assert contents(tmp_path / "back") == contents(tmp_path / "source")
+
+    def test_weights_that_were_saved_anew_are_refused(self, tmp_path: Path) -> None:
+        model, _, _ = converted(tmp_path)
+        model.save_pretrained(tmp_path / "target", max_shard_size="60KB")
+        with pytest.raises(ConversionError, match=r"model-00001-of-00003.safetensors (is missing|was saved anew)"):
+            convert_back(tmp_path / "target", tmp_path / "back")
+        assert not (tmp_path / "back").exists()
+
+    def test_a_folder_of_another_kind_is_refused(self, tmp_path: Path) -> None:
+        save(tmp_path / "source")
+        with pytest.raises(ConversionError, match=r"source has no chatglm.json, which `lococo convert` writes"):
+            convert_back(tmp_path / "source", tmp_path / "back")
+
+    @pytest.mark.parametrize(
+        ("change", "line"),
+        [
+            ({"format_version": 9}, "is of format 9; expected 1"),
+            ({"shards": {"a": 1}}, "chatglm.json is damaged"),
+            ({"shards": {}}, "word_embeddings.weight and 16 other tensors that config.json asks for are in no shard"),
+        ],
+    )
+    def test_a_damaged_sidecar_is_refused(self, change: dict[str, Any], line: str, tmp_path: Path) -> None:
+        save(tmp_path / "source")
+        convert(tmp_path / "source", tmp_path / "target")
+        path = tmp_path / "target" / "chatglm.json"
+        path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | change), "utf-8")
+        with pytest.raises((ConversionError, FileFormatError), match=line):
+            convert_back(tmp_path / "target", tmp_path / "back")
+
+
+class TestRefused:
+    """Each leaves nothing behind."""
+
+    def refused(self, folder: Path, line: str, error: type[Exception] = ConversionError) -> None:
+        with pytest.raises(error, match=line) as caught:
+            convert(folder / "source", folder / "target")
+        assert "\n" not in str(caught.value)
+        assert not list(folder.glob("target*"))
+
+    def test_a_missing_shard(self, tmp_path: Path) -> None:
+        save(tmp_path / "source")
+        (tmp_path / "source" / SHARD).unlink()
+        self.refused(tmp_path, rf"lacks 1 of 3 shards \({SHARD}, ...\); fetch them")
+
+    def test_a_shard_that_is_cut_off(self, tmp_path: Path) -> None:
+        save(tmp_path / "source")
+        path = tmp_path / "source" / SHARD
+        path.write_bytes(path.read_bytes()[:-100])
+        self.refused(tmp_path, rf"{SHARD} is damaged: its header tells of [\d,]+ bytes", FileFormatError)
+
+    def test_a_tensor_of_another_shape(self, tmp_path: Path) -> None:
+        weights, _ = save(tmp_path / "source")
+        save_shards(tmp_path / "source", weights | {QKV: weights[QKV][:-1].contiguous()}, 3)
+        self.refused(tmp_path, rf"{QKV} is 127 x 32, and by config.json it should be 128 x 32")
+
+    def test_a_missing_tensor(self, tmp_path: Path) -> None:
+        weights, _ = save(tmp_path / "source")
+        del weights[QKV]
+        save_shards(tmp_path / "source", weights, 3)
+        self.refused(tmp_path, rf"{QKV} and 0 other tensors that config.json asks for are in no shard")
+
+    def test_a_tensor_too_many(self, tmp_path: Path) -> None:
+        weights, _ = save(tmp_path / "source")
+        extra = "transformer.prefix_encoder.embedding.weight"
+        save_shards(tmp_path / "source", weights | {extra: torch.ones(4)}, 3)
+        self.refused(tmp_path, f"holds {extra}, which a ChatGLM of config.json's sizes does not have")
+
+    def test_a_tensor_in_two_shards(self, tmp_path: Path) -> None:
+        weights, _ = save(tmp_path / "source")
+        path = tmp_path / "source" / "model-00003-of-00003.safetensors"
+        save_file(load_file(path) | {QKV: weights[QKV]}, path)
+        self.refused(tmp_path, rf"{QKV} is in model-0000\d-of-00003.safetensors and in model-00003")
+
+    def test_pickled_weights(self, tmp_path: Path) -> None:
+        save(tmp_path / "source", shards=1)
+        (tmp_path / "source" / "model.safetensors").unlink()
+        self.refused(tmp_path, "holds no weights; expected model.safetensors.index.json")
+        (tmp_path / "source" / "pytorch_model-00001-of-00007.bin").write_bytes(b"\x80")
+        self.refused(
+            tmp_path, r"pickled weights alone \(pytorch_model-00001-of-00007.bin\).*fetch the model's safetensors"
+        )
+
+    def test_a_tokenizer_of_another_model(self, tmp_path: Path) -> None:
+        save(tmp_path / "source", padded_vocab_size=400)
+        self.refused(tmp_path, "has 429 tokens with the special ones, and the model an embedding of 400 rows")
+
+    def test_a_missing_tokenizer(self, tmp_path: Path) -> None:
+        save(tmp_path / "source")
+        (tmp_path / "source" / "tokenizer.model").unlink()
+        self.refused(tmp_path, "tokenizer.model does not exist; fetch the checkpoint's tokenizer")
+
+    def test_a_target_that_exists(self, tmp_path: Path) -> None:
+        save(tmp_path / "source")
+        (tmp_path / "target").mkdir()
+        with pytest.raises(ArgumentError, match=r"target exists already; name another folder, or delete it"):
+            convert(tmp_path / "source", tmp_path / "target")
+        assert not list((tmp_path / "target").iterdir())
+
+    def test_a_half_converted_folder(self, tmp_path: Path) -> None:
+        save(tmp_path / "source")
+        half = tmp_path / "target.half-converted"
+        half.mkdir()
+        with pytest.raises(ArgumentError, match=r"target.half-converted is half-converted: a conversion to"):
+            convert(tmp_path / "source", tmp_path / "target")
+        for verb in (convert, convert_back):
+            with pytest.raises(ArgumentError, match="is half-converted: the conversion that made it was stopped"):
+                verb(half, tmp_path / "new")
+
+    def test_an_index_that_leads_elsewhere(self, tmp_path: Path) -> None:
+        save(tmp_path / "source")
+        index = tmp_path / "source" / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"a": "../b.safetensors"}}), "utf-8")
+        self.refused(tmp_path, "names no shards in its own folder", FileFormatError)
+
+    @pytest.mark.parametrize(("text", "line"), [("{", "is no JSON"), ("[]", "is a JSON list; expected an object")])
+    def test_a_config_that_is_damaged(self, text: str, line: str, tmp_path: Path) -> None:
+        save(tmp_path / "source")
+        (tmp_path / "source" / "config.json").write_text(text, "utf-8")
+        self.refused(tmp_path, line, FileFormatError)
+
+
+class TestInterrupted:
+    def test_an_error_on_the_way_leaves_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        save(tmp_path / "source")
+        whole = chatglm.rewrite
+
+        def stopped(source: Path, *args: Any, **options: Any) -> Any:
+            if source.name == SHARD:
+                raise KeyboardInterrupt
+            return whole(source, *args, **options)
+
+        monkeypatch.setattr(chatglm, "rewrite", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            convert(tmp_path / "source", tmp_path / "target")
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    def test_a_killed_process_leaves_a_folder_that_says_so(self, tmp_path: Path) -> None:
+        save(tmp_path / "source")
+        code = """if True:
+            import os, signal, sys
+            from pathlib import Path
+            from lococo.convert import chatglm
+
+            def killed(done, total):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            chatglm.convert(Path(sys.argv[1]), Path(sys.argv[2]), progress=killed)
+        """
+        target = tmp_path / "target"
+        call = [sys.executable, "-c", code, str(tmp_path / "source"), str(target)]
+        assert subprocess.run(call, capture_output=True, timeout=120, check=False).returncode == -9
+        assert not target.exists()
+        assert (tmp_path / "target.half-converted").is_dir()
+        with pytest.raises(ArgumentError, match="is half-converted"):
+            convert(tmp_path / "source", target)
+
+
+def test_a_shard_is_never_in_memory(tmp_path: Path) -> None:
+    # One shard of 160 MiB, nearly all of it the two embeddings, in a process of its own whose peak is measured.
+    pieces = 400_000
+    save(tmp_path / "source", shards=1, padded_vocab_size=pieces, hidden_size=48, num_layers=1)
+    shard = (tmp_path / "source" / "model.safetensors").stat().st_size
+    assert shard > 140 << 20
+    code = """if True:
+        import resource, sys
+        from pathlib import Path
+        import tokenizers, transformers
+        from lococo.convert import chatglm, tokenizer
+        unit = 1 if sys.platform == "darwin" else 1024
+        tokenizer.glm_tokenizer(Path(sys.argv[1]), "chatglm3", 1 << 20)  # what it imports and makes is no part of this
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        chatglm.convert(Path(sys.argv[1]), Path(sys.argv[2]))
+        chatglm.convert_back(Path(sys.argv[2]), Path(sys.argv[3]))
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit)
+    """
+    folders = [str(tmp_path / name) for name in ("source", "target", "back")]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *folders], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert int(done.stdout) < shard / 4

@@ -1,17 +1,13 @@
 """The verb `convert`, in-process, on a tiny random checkpoint."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from chatglm_checkpoints import save
 from commands import refused
 
 from lococo import cli
-
-sys.path.insert(0, str(Path(__file__).parent / "convert"))  # as pytest does for the tests in that folder
-
-from checkpoints import save
 
 
 @pytest.fixture

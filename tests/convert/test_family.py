@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from checkpoints import CONFIG, TOKENIZATION
+from chatglm_checkpoints import CONFIG, TOKENIZATION
 
 from lococo.convert.family import family_of
 from lococo.errors import ConversionError

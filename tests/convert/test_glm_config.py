@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from checkpoints import CONFIG
+from chatglm_checkpoints import CONFIG
 
 from lococo.convert.family import FAMILIES
 from lococo.convert.glm_config import glm_config, rope_parameters, sizes_of

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from checkpoints import SYMBOL, TEXT, pieces
+from chatglm_checkpoints import SYMBOL, TEXT, pieces
 
 from lococo.convert.sentencepiece_model import read_model, tokenizer_of
 from lococo.errors import ConversionError

@@ -2,11 +2,12 @@
 
 import base64
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import regex
-from checkpoints import TEXT, ranks
+from chatglm_checkpoints import TEXT, ranks
 
 from lococo.convert.tiktoken_model import CUTS, read_ranks, tokenizer_of
 from lococo.errors import ConversionError
@@ -17,9 +18,7 @@ def naive(text: str, known: dict[bytes, int]) -> list[int]:
     ids = []
     for found in regex.finditer(CUTS, text):
         parts = [bytes([byte]) for byte in found.group().encode()]
-        while pairs := [
-            (known[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)) if a + b in known
-        ]:
+        while pairs := [(known[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in known]:
             _, first = min(pairs)
             parts[first : first + 2] = [parts[first] + parts[first + 1]]
         ids += [known[part] for part in parts]

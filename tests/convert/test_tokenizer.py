@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from checkpoints import TEXT, ranks, save
+from chatglm_checkpoints import TEXT, ranks, save
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lococo.convert.chatglm import convert
@@ -92,5 +92,5 @@ def test_a_tokenizer_of_the_other_kind_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "ranks", family="glm-4")
     with pytest.raises(ConversionError, match="line 1: expected a token in base64 and its rank"):
         glm_tokenizer(tmp_path / "pieces", "glm-4", 512)
-    with pytest.raises(ConversionError, match="is no sentencepiece model|holds no pieces"):
+    with pytest.raises(ConversionError, match=r"is no sentencepiece model|holds no pieces"):
         glm_tokenizer(tmp_path / "ranks", "chatglm3", 512)

@@ -22,9 +22,13 @@ def test_it_has_its_name_once_it_is_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_an_error_takes_it_away(error: type[BaseException], tmp_path: Path) -> None:
-    with pytest.raises(error), whole_folder(tmp_path / "new") as work:
-        (work / "a").write_text("1", "utf-8")
-        raise error
+    def fill() -> None:
+        with whole_folder(tmp_path / "new") as work:
+            (work / "a").write_text("1", "utf-8")
+            raise error
+
+    with pytest.raises(error):
+        fill()
     assert not list(tmp_path.iterdir())
 
 

@@ -53,6 +53,11 @@ def family_of(source: Path, config: dict[str, Any], wanted: str = AUTO) -> Famil
             f"{source / 'modeling_chatglm.py'} scales RoPE by a number of its own ({scaled[1]}); expected rope_ratio: "
             "put that number into config.json, and remove the file"
         )
+    if wanted == AUTO and code and "rope_ratio" not in code and config.get("rope_ratio", 1) != 1:
+        raise ConversionError(
+            f"config.json gives rope_ratio = {config['rope_ratio']!r}, and modeling_chatglm.py beside it has no use for it; "
+            "take both of one model, or say what it is for with --family"
+        )
     # What the code does counts more than what its family usually does.
     if wanted == AUTO and scaled:
         return replace(family, ratio_divides=False)

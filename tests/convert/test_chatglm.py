@@ -96,8 +96,9 @@ class TestTheSameModel:
 
 
 class TestSlots:
-    def test_enough_slots_are_the_full_cache_and_few_are_compressed(self, tmp_path: Path) -> None:
-        model, _, _ = converted(tmp_path)
+    @pytest.mark.parametrize("family", ["chatglm3", "chatglm2"])
+    def test_enough_slots_are_the_full_cache_and_few_are_compressed(self, family: str, tmp_path: Path) -> None:
+        model, _, _ = converted(tmp_path, family=family)
         ids, mask = batch(length=90)
         with torch.no_grad():
             full = model(ids, attention_mask=mask).logits

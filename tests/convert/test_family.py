@@ -45,7 +45,7 @@ def test_code_with_a_number_of_its_own_is_refused(tmp_path: Path) -> None:
 
 def test_code_that_has_no_use_for_rope_ratio_is_refused(tmp_path: Path) -> None:
     written(tmp_path, tokenization_chatglm=TOKENIZATION["chatglm3"], modeling_chatglm="class RotaryEmbedding: pass")
-    with pytest.raises(ConversionError, match="gives rope_ratio = 50, and modeling_chatglm.py beside it has no use"):
+    with pytest.raises(ConversionError, match=r"rope_ratio = 50, and modeling_chatglm.py beside it does not use it"):
         family_of(tmp_path, CONFIG)
     assert family_of(tmp_path, CONFIG | {"rope_ratio": 1}).name == "chatglm3"
     assert family_of(tmp_path, CONFIG, "chatglm3").name == "chatglm3"

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lococo.convert.chatglm import convert
 from lococo.convert.tokenizer import glm_tokenizer
-from lococo.errors import ConversionError
+from lococo.errors import ArgumentError, ConversionError
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -85,6 +85,21 @@ def test_glm_4(tmp_path: Path) -> None:
     assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.padding_side) == ("<|endoftext|>",) * 2 + ("left",)
     said = tokenizer.apply_chat_template(TALK[:2], tokenize=False, add_generation_prompt=True)
     assert said == "[gMASK]<sop><|system|>\nBe brief.<|user|>\nWho jumps?<|assistant|>"
+
+
+@pytest.mark.parametrize("error", [None, ModuleNotFoundError("No module named 'google'")])
+def test_what_reads_sentencepiece_models_may_be_absent(
+    error: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "source")
+
+    def absent(name: str) -> None:
+        if error:
+            raise error
+
+    monkeypatch.setattr("lococo.options.importlib.util.find_spec", absent)
+    with pytest.raises(ArgumentError, match=r"needs google.protobuf; install `lococo\[convert\]`"):
+        glm_tokenizer(tmp_path / "source", "chatglm3", 512)
 
 
 def test_a_tokenizer_of_the_other_kind_is_refused(tmp_path: Path) -> None:

@@ -55,8 +55,8 @@ def family_of(source: Path, config: dict[str, Any], wanted: str = AUTO) -> Famil
         )
     if wanted == AUTO and code and "rope_ratio" not in code and config.get("rope_ratio", 1) != 1:
         raise ConversionError(
-            f"config.json gives rope_ratio = {config['rope_ratio']!r}, and modeling_chatglm.py beside it has no use for it; "
-            "take both of one model, or say what it is for with --family"
+            f"config.json gives rope_ratio = {config['rope_ratio']!r}, and modeling_chatglm.py beside it does not use "
+            "it; take both of one model, or say what it is for with --family"
         )
     # What the code does counts more than what its family usually does.
     if wanted == AUTO and scaled:

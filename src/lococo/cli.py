@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lococo import evaluating, planning, training, verbs
+from lococo import converting, evaluating, planning, training, verbs
 from lococo.errors import ArgumentError, LococoError
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "report": evaluating.report,
     "bench": evaluating.bench,
     "plan": planning.plan,
+    "convert chatglm3": converting.convert_chatglm3,
 }
 
 SHORT = {"output": "-o"}

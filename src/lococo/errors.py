@@ -3,7 +3,8 @@
     LococoError
     ├── ArgumentError      a number or name out of range (also a ValueError)
     ├── ModelError         a model that cannot be loaded
-    │   └── UnsupportedModelError   one that loads but has no key/value cache to compress
+    │   ├── UnsupportedModelError   one that loads but has no key/value cache to compress
+    │   └── ConversionError         a checkpoint that cannot be put into another layout
     ├── WindowError        a text longer than the model's window, where it may not be
     ├── DocumentError      a document that is missing, empty, binary or not UTF-8
     ├── FileFormatError    a context, heads or checkpoint file that is damaged or belongs to another model
@@ -28,6 +29,10 @@ class ModelError(LococoError):
 
 class UnsupportedModelError(ModelError):
     """A model without a key/value cache that slots could replace."""
+
+
+class ConversionError(ModelError):
+    """A checkpoint that cannot be put into another layout."""
 
 
 class WindowError(LococoError):

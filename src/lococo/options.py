@@ -108,5 +108,12 @@ def check_extra(extra: str, *packages: str) -> None:
     Raises:
         ArgumentError: Names them, and the extra.
     """
-    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in packages if not _installed(name)]:
         raise ArgumentError(f"this needs {', '.join(missing)}; install `lococo[{extra}]`")
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # not even the package around it is there
+        return False

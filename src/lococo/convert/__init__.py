@@ -1,0 +1,1 @@
+"""Checkpoints of other layouts, rewritten so that transformers' own classes load them, and back."""

@@ -171,7 +171,7 @@ def test_a_step_of_training_lowers_the_loss(family):
     length = torch.stack([grad.square().sum() for grad in gradients]).sum().sqrt()
     with torch.no_grad():
         for parameter in heads.parameters():
-            parameter -= 3e-3 / length * parameter.grad
+            parameter -= 5e-4 / length * parameter.grad
         assert loss() < before
 
 
@@ -236,13 +236,12 @@ def test_rows_of_a_hybrid_are_selected_and_repeated():
 def test_mass_over_latents_is_that_of_the_expanded_keys(family):
     # The queries, taken back through what expands latents, see in latents what they see in the expanded keys.
     model, ids, maps = tiny(family, "eager"), tokens(1, 20), []
-    for layer in model.model.layers:
-        layer.self_attn.register_forward_hook(lambda module, args, output: maps.append(output[1]))
+    model = copy.deepcopy(model)
     with lococo.attach(model, "h2o", num_slots=24, chunk_size=32) as slots:
         cache = slots.new_cache()
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_hook(lambda module, args, output: maps.append(output[1]))
         model(ids, past_key_values=cache)
-    for layer in model.model.layers:
-        layer.self_attn._forward_hooks.clear()
     for layer, map_ in zip(cache.slot_layers, maps, strict=True):
         torch.testing.assert_close(layer.mass[0, 0, :20], map_[0].sum((0, 1)), atol=1e-4, rtol=0)
 
@@ -253,13 +252,14 @@ def test_sinks_take_their_share_of_the_mass():
     model = copy.deepcopy(model)
     for layer in model.model.layers:
         layer.self_attn.sinks.fill_(2.0)
-        layer.self_attn.register_forward_hook(lambda module, args, output: maps.append(output[1]))
     with lococo.attach(model, "h2o", num_slots=24, chunk_size=32) as slots:
         cache = slots.new_cache()
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_hook(lambda module, args, output: maps.append(output[1]))
         model(ids, past_key_values=cache)
     for layer in cache.slot_layers:
         map_ = maps[layer.layer_idx][0]
-        assert map_.sum(-1).max() < 0.99
+        assert map_.sum(-1).mean() < 0.95
         expected = map_.view(2, 2, 20, 20).sum((1, 2))
         torch.testing.assert_close(layer.mass[0, :, :20], expected, atol=1e-4, rtol=0)
 

@@ -30,7 +30,7 @@ from lococo.norms import norms_of
 from lococo.rope import Rotary
 from lococo.rows import Chunk, Rows
 from lococo.slot_layer import SlotLayer
-from lococo.state_layer import StateSlotLayer, has_state, is_state, map_states, states_of_readers
+from lococo.state_layer import StateLayer, StateSlotLayer, has_state, is_state, map_states, states_of_readers
 
 Positions = Literal["original", "packed"]
 
@@ -77,7 +77,7 @@ class SlotCache(Cache):
 
         def made(i: int, layer: Any) -> Any:
             if not grows(layer):
-                return layer
+                return StateLayer(layer.number_of_states) if is_state(layer) else layer
             kind = LatentSlotLayer if i in rotary.latent else StateSlotLayer if has_state(layer) else SlotLayer
             return kind(i, next(budgets), chunk_size, compressor, self.rows, rotary.of_layer(i))
 

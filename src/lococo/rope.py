@@ -28,7 +28,7 @@ NOWHERE: Dims = (0, 0)
 
 # A rotation explains how a key moved if it misses less than this share of it; a key that moves by less than that share
 # of its length stays where it is.
-SAME, ROUNDING = 0.5, 0.02
+SAME, ROUNDING = 0.5, 0.1
 
 Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -53,12 +53,14 @@ class Rotary:
         self._layer_types: list[str] = list(getattr(decoder.config, "layer_types", None) or [])
         self._kind = type(decoder).__name__
         self._dims: dict[int, Dims] = {}
-        # Layers that cache what turns as "values", as latent attention does.
+        # Layers that cache latents, and beside them as "values" what turns.
         self.latent: set[int] = set()
         if self._apply is not None:
             probe = probe or probed(decoder)
-            for layer_idx, (keys, values) in {} if probe is None else probe.cached.items():
-                if _moves(values):
+            if probe is None:
+                return
+            for layer_idx, (keys, values) in probe.cached.items():
+                if hasattr(probe.attention.get(layer_idx), "expand_kv"):
                     self.latent.add(layer_idx)
                     keys = torch.cat([keys, values], -1)
                 self._dims[layer_idx] = self._turned(layer_idx, *keys[:, None])

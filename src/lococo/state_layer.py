@@ -16,7 +16,19 @@ from lococo.slot_layer import SlotLayer
 STATES = ("conv_states", "recurrent_states")
 
 
-class StateSlotLayer(LinearAttentionLayer, SlotLayer):  # type: ignore[override]
+class StateLayer(LinearAttentionLayer):
+    """A recurrent state that gradients may flow through from call to call."""
+
+    def update_recurrent_state(self, recurrent_states: Tensor, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Take a new state in the place of the old one, which earlier steps of the graph may still need."""
+        if recurrent_states.requires_grad:
+            self.is_recurrent_states_initialized[state_idx] = True
+            self.recurrent_states[state_idx] = recurrent_states
+            return recurrent_states
+        return super().update_recurrent_state(recurrent_states, state_idx, **kwargs)
+
+
+class StateSlotLayer(StateLayer, SlotLayer):  # type: ignore[override]
     """A slot layer that also carries a recurrent state, as those of Falcon-H1 do."""
 
     is_compileable = False

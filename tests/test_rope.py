@@ -1,12 +1,13 @@
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
-from families import FAMILIES, tiny
-from torch import nn
+from families import ROTATING, tiny
 
 from lococo.errors import UnsupportedModelError
-from lococo.rope import TABLE, Rotary, modeling_function
-
-ROTATING = [family for family in FAMILIES if family != "gpt2"]
+from lococo.probe import modeling_function, probed
+from lococo.rope import TABLE, Rotary
 
 
 def angles(model, layer_idx, positions):
@@ -29,7 +30,7 @@ def test_rotating_moves_a_key_to_another_position(family, layer_idx):
     torch.testing.assert_close(rotary.rotate(at_here, there - here), at_there, atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*ROTATING, "gpt2"])
 def test_the_matrix_rotates_as_rotate_does(family):
     rotary = Rotary(tiny(family).base_model).of_layer(1)
     x = torch.randn(2, 3, 5, 12)
@@ -101,8 +102,27 @@ def test_asking_for_an_angle_does_not_change_the_model():
 
 def test_a_model_that_hides_its_angles_is_refused(monkeypatch):
     decoder = tiny("qwen2").base_model
-    embedding = decoder.rotary_emb
+    probe = probed(decoder)
     monkeypatch.delitem(decoder._modules, "rotary_emb")
     with pytest.raises(UnsupportedModelError, match="no `rotary_emb`"):
-        Rotary(decoder)
-    assert isinstance(embedding, nn.Module)
+        Rotary(decoder, probe)
+
+
+def test_a_rotation_that_does_not_explain_the_keys_is_refused():
+    decoder = tiny("qwen2").base_model
+    probe = probed(decoder)
+    here, there = probe.cached[2][0][:, None]
+    turned = torch.stack([here[0], there[0].flip(-1)])
+    with pytest.raises(UnsupportedModelError, match=r"rotates the keys of layer 2 otherwise"):
+        Rotary(decoder, replace(probe, cached=probe.cached | {2: (turned, probe.cached[2][1])}))
+
+
+def test_the_probe_leaves_the_model_as_it_was():
+    decoder = copy.deepcopy(tiny("gemma2").base_model).train()
+    decoder.layers[1].eval()
+    before = {name: module.training for name, module in decoder.named_modules()}
+    state = torch.get_rng_state()
+    assert set(probed(decoder).attention) == {0, 1, 2, 3}
+    assert decoder.config._attn_implementation == "eager"
+    assert {name: module.training for name, module in decoder.named_modules()} == before
+    assert torch.equal(torch.get_rng_state(), state)

@@ -20,6 +20,7 @@ from lococo.compressors import Compressor, Shape
 from lococo.errors import ArgumentError, LococoError, UnsupportedModelError, WindowError
 from lococo.facts import ModelFacts, weights_fingerprint
 from lococo.norms import norms_of
+from lococo.probe import Probe, probed
 from lococo.rope import Rotary
 from lococo.steps import Steps, linear_step
 
@@ -38,13 +39,16 @@ class Attachment:
         compiled: bool,
     ) -> None:
         self.model = model
-        self.decoder = cast(PreTrainedModel, model.base_model)
+        self.decoder = cast(PreTrainedModel, model.get_decoder())
         self.chunk_size = chunk_size
         self.positions = positions
         self.compiled = compiled
         self.facts = ModelFacts.of(model)
         self.layers = slot_layer_indices(model)
-        self.rotary = Rotary(self.decoder)
+        probe = probed(self.decoder)
+        if probe is not None:
+            _check_attention(type(model).__name__, probe, self.layers, chunk_size)
+        self.rotary = Rotary(self.decoder, probe)
         uniform = [num_slots] * len(self.layers)
         self.compressor = self._make(compressor, uniform if slots_per_layer is None else list(slots_per_layer))
         if slots_per_layer is None:
@@ -63,7 +67,13 @@ class Attachment:
         if isinstance(compressor, str):
             by_layer = dict(zip(self.layers, slots_per_layer, strict=True))
             compressor = compressors.make(compressor, Shape(by_layer, self.facts.head_dim, self.facts))
-        for module in compressors.modules(compressor):
+        learned = compressors.modules(compressor)
+        if learned and self.rotary.latent:
+            raise UnsupportedModelError(
+                f"{compressor.name} is learned from keys and values, but {type(self.model).__name__} caches latents "
+                "that both are made of; use a compressor without learned heads, such as 'mass-merge'"
+            )
+        for module in learned:
             module.to(self.model.device)
         least = compressor.min_slots()
         if min(slots_per_layer) < least:
@@ -240,7 +250,7 @@ def slot_layer_indices(model: PreTrainedModel) -> list[int]:
         raise UnsupportedModelError(
             f"{kind} is an encoder-decoder model; lococo compresses the cache of decoder models"
         )
-    if getattr(model, "_is_stateful", False):
+    if getattr(model, "_is_stateful", False) and not getattr(model.config, "num_attention_heads", None):
         raise UnsupportedModelError(
             f"{kind} keeps a recurrent state, not a key/value cache; there is nothing to compress"
         )
@@ -251,6 +261,26 @@ def slot_layer_indices(model: PreTrainedModel) -> list[int]:
             "its memory is constant already"
         )
     return layers
+
+
+def _check_attention(kind: str, probe: Probe, layers: list[int], chunk_size: int) -> None:
+    """Make sure that attention over slots can take the place of the model's own in these layers, chunk by chunk.
+
+    Raises:
+        UnsupportedModelError: If the model computes attention otherwise than by transformers' attention functions, as
+            those with ALiBi do, or does not hand them what its forward was given; or if its recurrent layers forget.
+    """
+    if not probe.goes_on and chunk_size > 1:
+        raise UnsupportedModelError(
+            f"the recurrent layers of {kind} forget what they have read with every call of more than one token, got "
+            f"a chunk_size of {chunk_size}; use chunk_size=1"
+        )
+    missed = [layer_idx for layer_idx in layers if layer_idx not in probe.attention]
+    if missed:
+        raise UnsupportedModelError(
+            f"{kind} computes attention by itself in layers {missed}, or passes no arguments on to transformers' "
+            "attention functions, so nothing there can weigh a slot; read it with compressor 'full'"
+        )
 
 
 class _ReadingInChunks:

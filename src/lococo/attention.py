@@ -12,12 +12,11 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.modeling_utils import AttentionInterface
 
 from lococo.cache import SlotCache
-from lococo.rope import modeling_function
-from lococo.slot_layer import SlotLayer
-from lococo.steps import StepCache, StepLayer
+from lococo.probe import attention_function
+from lococo.steps import StepCache
 
 PREFIX = "lococo-"
 
@@ -65,23 +64,22 @@ def slot_attention(
     Returns:
         The output (b q h*g d), and the attention map where the implementation returns one.
     """
-    layer = None if slot_cache is None else slot_cache.layers[cast(int, module.layer_idx)]
-    if not isinstance(layer, SlotLayer | StepLayer):
-        return _function(implementation, module)(module, query, key, value, attention_mask, **kwargs)
-    # Flash and flex kernels take no bias per entry.
-    own = implementation if implementation in ("eager", "sdpa") else "sdpa"
-    function = _function(own, module)
-    if (
-        isinstance(layer, SlotLayer)
-        and own == "sdpa"
-        and query.shape[0] == 1
-        and query.shape[2] > 1
-        and query.device.type == "cpu"
-    ):
+    layer = None if slot_cache is None else slot_cache.attended(cast(int, module.layer_idx), key)
+    if layer is None:
+        return attention_function(implementation, module)(module, query, key, value, attention_mask, **kwargs)
+    sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
+    # Flash and flex kernels take no bias per entry, and sdpa knows neither sinks nor a cap of the logits.
+    own = implementation
+    if own not in ("eager", "sdpa"):
+        own = "sdpa" if sinks is None and softcap is None else "eager"
+    function = attention_function(own, module)
+    if own == "sdpa" and query.shape[0] == 1 and query.shape[2] > 1 and query.device.type == "cpu":
         output = _without_copies(function, query, key, value, layer.shared_bias(query), **kwargs)
     else:
         output = function(module, query, key, value, layer.attention_bias(query), **kwargs)
-    layer.observe(query.detach(), kwargs.get("scaling") or query.shape[-1] ** -0.5, kwargs.get("softcap"))
+    if layer.layer_idx == module.layer_idx:  # and not one that looks into another's cache
+        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        layer.observe(layer.seen_by(module, query.detach()), scaling, softcap, sinks)
     return output
 
 
@@ -101,9 +99,3 @@ def _without_copies(
     bias = None if bias is None else bias.expand(groups, -1, -1, -1)
     output, weights = function(shared, apart, key, value, bias, **kwargs)
     return output.permute(1, 2, 0, 3).reshape(1, q, heads, -1), weights
-
-
-def _function(implementation: str, module: nn.Module) -> AttentionFunction:
-    """Return an attention function; "eager" is the one of the module's own modelling file."""
-    own = cast(AttentionFunction, modeling_function(module, "eager_attention_forward"))
-    return cast(AttentionFunction, ALL_ATTENTION_FUNCTIONS.get_interface(implementation, own))

@@ -14,15 +14,23 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DummyLayer,
+    DynamicLayer,
+    LinearAttentionAndFullAttentionLayer,
+)
 
 from lococo import parallel
 from lococo.compressors.base import Compressor
 from lococo.errors import ArgumentError, LococoError
+from lococo.latent_layer import LatentSlotLayer
 from lococo.norms import norms_of
 from lococo.rope import Rotary
 from lococo.rows import Chunk, Rows
 from lococo.slot_layer import SlotLayer
+from lococo.state_layer import StateLayer, StateSlotLayer, has_state, is_state, map_states, states_of_readers
 
 Positions = Literal["original", "packed"]
 
@@ -68,19 +76,26 @@ class SlotCache(Cache):
         # How compiled steps see it, see `steps`; made by the first of them.
         self.step: Any = None
         budgets = iter(slots_per_layer)
-        super().__init__(
-            layers=[
-                SlotLayer(i, next(budgets), chunk_size, compressor, self.rows, rotary.of_layer(i))
-                if grows(layer)
-                else layer
-                for i, layer in enumerate(layers)
-            ]
-        )
+
+        def made(i: int, layer: Any) -> Any:
+            if not grows(layer):
+                return StateLayer(layer.number_of_states) if is_state(layer) else layer
+            kind = LatentSlotLayer if i in rotary.latent else StateSlotLayer if has_state(layer) else SlotLayer
+            return kind(i, next(budgets), chunk_size, compressor, self.rows, rotary.of_layer(i))
+
+        super().__init__(layers=[made(i, layer) for i, layer in enumerate(layers)])
 
     @property
     def slot_layers(self) -> list[SlotLayer]:
         """The layers that hold slots."""
         return [layer for layer in self.layers if isinstance(layer, SlotLayer)]
+
+    def attended(self, layer_idx: int, key: Tensor) -> SlotLayer | None:
+        """Return the slot layer whose keys these are: a layer's own, or another's that it shares; None: neither."""
+        layer = self.layers[layer_idx]
+        if isinstance(layer, DummyLayer):
+            layer = next((each for each in self.slot_layers if each.keys.data_ptr() == key.data_ptr()), layer)
+        return layer if isinstance(layer, SlotLayer) else None
 
     @property
     def slots_per_layer(self) -> list[int]:
@@ -121,6 +136,8 @@ class SlotCache(Cache):
     def detach(self) -> None:
         """Cut the gradient off here: what follows does not reach what was read so far."""
         for layer in self.layers:
+            if has_state(layer):
+                map_states(layer, Tensor.detach)
             if isinstance(layer, SlotLayer):
                 layer.detach()
             elif isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None:
@@ -167,13 +184,14 @@ class SlotCache(Cache):
         try:
             for layer in self.slot_layers:
                 layer.chunk = chunk
-            yield chunk
+            with states_of_readers([layer for layer in self.layers if has_state(layer)], chunk.counts):
+                yield chunk
             for layer in self.slot_layers:
                 layer.chunk_read()
             self.rows.advance(chunk)
         except BaseException:
             # Slot layers take a chunk back by not counting it; transformers' own layers cannot.
-            self.incomplete = len(self.slot_layers) < len(self.layers)
+            self.incomplete = not all(type(layer) in (SlotLayer, LatentSlotLayer) for layer in self.layers)
             raise
         finally:
             for layer in self.slot_layers:
@@ -236,6 +254,10 @@ class SlotCache(Cache):
                 delta[row] = -distance
             layer.keys = self.rotary.of_layer(layer_idx).rotate(layer.keys, delta)
 
+    def _attending(self) -> list[Any]:
+        """Return the layers that are more than a state, which transformers can neither select nor repeat."""
+        return [layer for layer in self.layers if not is_state(layer)]
+
     def reset(self) -> None:
         """Forget everything that was read."""
         super().reset()  # type: ignore[no-untyped-call]
@@ -249,12 +271,18 @@ class SlotCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
-        super().batch_select_indices(indices)
+        for layer in filter(has_state, self.layers):
+            map_states(layer, lambda state: state.index_select(0, indices.to(state.device)))
+        for layer in self._attending():
+            layer.batch_select_indices(indices)
         self.rows.select(indices.tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
-        super().batch_repeat_interleave(repeats)
+        for layer in filter(has_state, self.layers):
+            map_states(layer, lambda state: state.repeat_interleave(repeats, 0))
+        for layer in self._attending():
+            layer.batch_repeat_interleave(repeats)
         self.rows.select([row for row in range(len(self.rows.tokens)) for _ in range(repeats)])
 
 
@@ -278,4 +306,4 @@ def kv_nbytes(cache: Cache) -> int:
 
 def grows(layer: object) -> bool:
     """Tell whether a layer of transformers' DynamicCache keeps every token, so that slots can take its place."""
-    return type(layer) is DynamicLayer
+    return type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)

@@ -36,6 +36,7 @@ class Entries:
         rotary: Rotates this layer's keys and queries.
         scaling: Factor of the attention logits, usually 1 / sqrt(d).
         softcap: Gemma 2's cap of the attention logits, or None.
+        sinks: gpt-oss' logits that take attention away from all entries, (h g), or None.
     """
 
     keys: Tensor
@@ -48,6 +49,7 @@ class Entries:
     rotary: LayerRotary
     scaling: float
     softcap: float | None = None
+    sinks: Tensor | None = None
 
     def __len__(self) -> int:
         return self.keys.shape[2]
@@ -97,7 +99,13 @@ class Entries:
             queries = queries[..., -last:, :]
         seen = torch.arange(len(self) - queries.shape[3], len(self), device=queries.device) + 1
         return attention_mass(
-            self.keys, self.log_mass, queries, scaling=self.scaling, softcap=self.softcap, visible=seen[None]
+            self.keys,
+            self.log_mass,
+            queries,
+            scaling=self.scaling,
+            softcap=self.softcap,
+            sinks=self.sinks,
+            visible=seen[None],
         )
 
     @cached_property
@@ -113,7 +121,7 @@ class Entries:
         # Keys that move back look to queries as if these had moved ahead, and are fewer.
         back = self.rotary.matrix(-float(w), d, queries.device) * self.scaling
         keys = self.keys.detach().float() @ back
-        return attention_mass(keys, self.log_mass, queries, scaling=1.0, softcap=self.softcap)
+        return attention_mass(keys, self.log_mass, queries, scaling=1.0, softcap=self.softcap, sinks=self.sinks)
 
     def _observed_queries(self) -> Tensor:
         assert self.queries is not None, "a compressor that reads queries must declare it in `observes`"
@@ -145,6 +153,7 @@ def attention_mass(
     *,
     scaling: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     visible: Tensor | None = None,
     weight: Tensor | None = None,
 ) -> Tensor:
@@ -156,11 +165,13 @@ def attention_mass(
         queries: After RoPE, (b h g q d).
         scaling: Factor of the logits.
         softcap: Gemma 2's cap of the logits.
+        sinks: Logits beside those of the entries, that belong to none of them, (h g).
         visible: How many leading entries each query sees, (b q) or (1 q); None: all of them.
         weight: Factor of each query's probabilities, (b q); 0 leaves a padded query out.
 
     Returns:
-        Column sums over queries and groups, (b h s), float32; they add up to g * q per key/value head.
+        Column sums over queries and groups, (b h s), float32; they add up to g * q per key/value head, less what sinks
+        take.
     """
     b, h, g, q, d = queries.shape
     count = keys.shape[2]
@@ -189,7 +200,17 @@ def attention_mass(
         if visible is not None:
             hidden = columns >= visible[:, which, None]
             logits.view(b, h, *logits.shape[1:]).masked_fill_(hidden[:, None], -torch.inf)
+        left = None
+        if sinks is not None:
+            taken = (
+                sinks[:, torch.arange(start, start + block.shape[1], device=sinks.device) // q]
+                .expand(b, -1, -1)
+                .flatten(0, 1)
+            )
+            left = (logits.logsumexp(-1) - taken).sigmoid()
         probabilities = torch.softmax(logits, -1, out=logits)
+        if left is not None:
+            probabilities.mul_(left[..., None])
         if weight is not None:
             probabilities.view(b, h, *logits.shape[1:]).mul_(weight[:, None, which, None])
         mass += probabilities.sum(1)

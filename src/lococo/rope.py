@@ -2,62 +2,78 @@
 
 Cached keys are stored after RoPE. RoPE is a group: moving a key from position p to p + k is rotating it by k, and
 un-rotating it is rotating it by -p, so one operation serves merging, packing and looking ahead. Frequencies, scaling,
-partial and interleaved layouts come from the model's own `rotary_emb` and `apply_rotary_pos_emb`; models without RoPE
-get the identity.
+partial and interleaved layouts come from the model's own `rotary_emb` and `apply_rotary_pos_emb`; which dimensions of
+which layers turn is seen by a probe. Models and layers without RoPE get the identity.
 """
 
 import inspect
-import sys
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lococo.errors import UnsupportedModelError
+from lococo.probe import STEP, Probe, modeling_function, probed
 
 # Rotations by fewer whole positions come out of a table per type of layer, of cos and sin of 2 * TABLE - 1 angles.
 TABLE = 4096
+
+# First dimension of a key that turns, and the first behind it that does not.
+Dims = tuple[int, int]
+NOWHERE: Dims = (0, 0)
+
+# A rotation explains how a key moved if it misses less than this share of it; a key that moves by less than that share
+# of its length stays where it is.
+SAME, ROUNDING = 0.5, 0.1
+
+Turn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Rotary:
     """Rotations of one decoder; `Rotary.of_layer` gives the one of a layer."""
 
-    def __init__(self, decoder: PreTrainedModel) -> None:
-        """Find the decoder's rotary embedding.
+    def __init__(self, decoder: PreTrainedModel, probe: Probe | None = None) -> None:
+        """Find the decoder's rotary embedding, and by a probe what each layer turns with it.
 
         Args:
             decoder: The base model (`model.base_model`), whose modelling file also holds `apply_rotary_pos_emb`.
+            probe: Of that decoder; None makes one.
 
         Raises:
             UnsupportedModelError: If the model rotates keys in a way that cannot be undone from here.
         """
         self._embedding: nn.Module | None = getattr(decoder, "rotary_emb", None)
-        self._apply = modeling_function(decoder, "apply_rotary_pos_emb")
-        # Layers of one type turn alike and share what they have worked out.
-        self._of_type: dict[str, LayerRotary] = {}
+        self._apply = _turning(decoder)
+        # Layers that turn alike share what they have worked out.
+        self._alike: dict[tuple[str, Dims | None], LayerRotary] = {}
         self._layer_types: list[str] = list(getattr(decoder.config, "layer_types", None) or [])
-        if self._embedding is None and self._apply is not None:
-            raise UnsupportedModelError(
-                f"{type(decoder).__name__} rotates its keys but has no `rotary_emb` module to ask for the angles; "
-                "it cannot be read in slots"
-            )
-        if self._embedding is not None:
-            config = decoder.config
-            self._check_group(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        self._kind = type(decoder).__name__
+        self._dims: dict[int, Dims] = {}
+        # Layers that cache latents, and beside them as "values" what turns.
+        self.latent: set[int] = set()
+        if self._apply is not None:
+            probe = probe or probed(decoder)
+            if probe is None:
+                return
+            for layer_idx, (keys, values) in probe.cached.items():
+                if hasattr(probe.attention.get(layer_idx), "expand_kv"):
+                    self.latent.add(layer_idx)
+                    keys = torch.cat([keys, values], -1)
+                self._dims[layer_idx] = self._turned(layer_idx, *keys[:, None])
 
     def of_layer(self, layer_idx: int) -> "LayerRotary":
         """Return the rotation of one layer (local and global layers may differ in their angles)."""
-        layer_type = self._layer_types[layer_idx] if self._layer_types else ""
-        if layer_type not in self._of_type:
-            self._of_type[layer_type] = self._made_for(layer_type)
-        return self._of_type[layer_type]
+        alike = (self._layer_type(layer_idx), self._dims.get(layer_idx))
+        if alike not in self._alike:
+            self._alike[alike] = self._made_for(*alike)
+        return self._alike[alike]
 
-    def _made_for(self, layer_type: str) -> "LayerRotary":
-        if self._embedding is None or self._apply is None:
+    def _made_for(self, layer_type: str, dims: Dims | None) -> "LayerRotary":
+        if self._embedding is None or self._apply is None or dims == NOWHERE:
             return LayerRotary(None, None)
         embedding = self._embedding
         # The raw forward, without transformers' decorator that rescales the model's frequencies to the largest
@@ -68,26 +84,76 @@ class Rotary:
             extra = (layer_type,)
 
         def angles(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-            cos, sin = forward(embedding, x, positions, *extra)
-            return cos, sin
+            turned = forward(embedding, x, positions, *extra)
+            return (turned.real, turned.imag) if isinstance(turned, Tensor) else turned
 
-        return LayerRotary(angles, self._apply, lambda: list(embedding.buffers()))
+        return LayerRotary(angles, self._apply, lambda: list(embedding.buffers()), dims)
 
-    def _check_group(self, head_dim: int) -> None:
-        """Probe that rotating there and back is the identity, for every kind of layer."""
-        assert self._embedding is not None
-        device = next((buffer.device for buffer in self._embedding.buffers()), torch.device("cpu"))
-        if device.type == "meta":
-            return
-        probe = torch.linspace(-1, 1, head_dim, device=device).view(1, 1, 1, head_dim)
-        delta = torch.full((1, 1, 1), 7.5, device=device)
-        for layer_idx in range(len(self._layer_types) or 1):
-            rotary = self.of_layer(layer_idx)
-            back = rotary.rotate(rotary.rotate(probe, delta), -delta)
-            if not torch.allclose(back, probe, atol=1e-4):
-                raise UnsupportedModelError(
-                    "the model's rotary embedding is not undone by rotating back; it cannot be read in slots"
-                )
+    def _turned(self, layer_idx: int, here: Tensor, there: Tensor) -> Dims:
+        """Return which dimensions of a layer's keys turn with the position, by a key at 0 and at STEP, (1 h 1 d).
+
+        Raises:
+            UnsupportedModelError: If the model's own rotation does not explain how the key moved.
+        """
+        moved = float((there - here).float().norm())
+        missed = {dims: self._missed(layer_idx, dims, here, there) for dims in self._candidates(layer_idx, here)}
+        best = min(missed, key=missed.__getitem__, default=NOWHERE)
+        if missed and missed[best] < SAME * moved:
+            return best
+        if not _moves(torch.cat([here, there])):
+            return NOWHERE
+        if self._embedding is None:
+            raise UnsupportedModelError(
+                f"{self._kind} rotates its keys but has no `rotary_emb` module to ask for the angles; "
+                "it cannot be read in slots"
+            )
+        raise UnsupportedModelError(
+            f"{self._kind} rotates the keys of layer {layer_idx} otherwise than its `rotary_emb` says, so they cannot "
+            "be rotated back; it cannot be read in slots"
+        )
+
+    def _candidates(self, layer_idx: int, key: Tensor) -> list[Dims]:
+        """Return what may turn of a key: all of it (or what the model's function takes of it), its head or its tail."""
+        if self._embedding is None:
+            return []
+        d = key.shape[-1]
+        width = self._made_for(self._layer_type(layer_idx), None).width(key)
+        parts = [part for part in (width, 2 * width) if part < d]  # some models tell each angle once
+        return [(0, d), *((0, part) for part in parts), *((d - part, d) for part in parts)]
+
+    def _missed(self, layer_idx: int, dims: Dims, here: Tensor, there: Tensor) -> float:
+        """Return how far a key rotated by STEP in these dimensions is from the one that the model put there."""
+        rotary = self._made_for(self._layer_type(layer_idx), dims)
+        try:
+            steps = torch.tensor([[[float(STEP), 0.0]]], device=here.device)
+            turned = rotary.rotate(torch.cat([here, here], 2).float(), steps)
+        except RuntimeError:  # of shapes: the model's function takes another number of dimensions, or in another order
+            return math.inf
+        return float((turned - torch.cat([there, here], 2).float()).norm())
+
+    def _layer_type(self, layer_idx: int) -> str:
+        return self._layer_types[layer_idx] if self._layer_types else ""
+
+
+def _moves(states: Tensor) -> bool:
+    """Tell whether what a layer cached, (2 h 1 d), differs between two positions by more than rounding."""
+    here, there = states.float()
+    return bool((there - here).norm() > ROUNDING * here.norm())
+
+
+def _turning(decoder: PreTrainedModel) -> Turn | None:
+    """Return the function of a decoder's modelling file that rotates by (cos, sin), by one signature for all models."""
+    for name in ("apply_rotary_pos_emb", "apply_rotary_emb"):
+        function = modeling_function(decoder, name)
+        if function is None:
+            continue
+        takes = list(inspect.signature(function).parameters)
+        if "freqs_cis" in takes:
+            return lambda x, cos, sin: function(x, x, torch.complex(cos, sin))[1]
+        if takes[1] == "cos":
+            return lambda x, cos, sin: function(x, cos, sin)
+        return lambda x, cos, sin: function(x[:, :0], x, cos, sin)[1]
+    return None
 
 
 @dataclass
@@ -113,12 +179,22 @@ class LayerRotary:
     def __init__(
         self,
         angles: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-        apply: Callable[..., tuple[Tensor, Tensor]] | None,
+        apply: Turn | None,
         frequencies: Callable[[], list[Tensor]] = list,
+        dims: Dims | None = None,
     ) -> None:
+        """Join what the model says.
+
+        Args:
+            angles: Maps a tensor, for its device, and positions, (b s), to cos and sin; None for a model without RoPE.
+            apply: Rotates (b h s d) by them.
+            frequencies: What the angles are made of; others mean other angles.
+            dims: Dimensions that turn; None: all.
+        """
         self._angles = angles
         self._apply = apply
         self._frequencies = frequencies
+        self._dims = dims
         self._latest = Known([])
 
     def rotate(self, x: Tensor, delta: Tensor) -> Tensor:
@@ -133,6 +209,19 @@ class LayerRotary:
         """
         if self._angles is None or self._apply is None:
             return x
+        first, end = self._dims or (0, x.shape[-1])
+        if (first, end) != (0, x.shape[-1]):
+            still, turns, rest = x.split([first, end - first, x.shape[-1] - end], -1)
+            return torch.cat([still, self._rotate(turns, delta), rest], -1)
+        return self._rotate(x, delta)
+
+    def width(self, x: Tensor) -> int:
+        """Return how many numbers the model has for cos at one position."""
+        assert self._angles is not None
+        return self._angles(x, torch.zeros(1, 1, device=x.device))[0].shape[-1]
+
+    def _rotate(self, x: Tensor, delta: Tensor) -> Tensor:
+        assert self._apply is not None
         b, h, s, d = x.shape
         wide = x.float().reshape(b * h, 1, s, d)
         steps = delta.to(wide)
@@ -140,8 +229,7 @@ class LayerRotary:
         steps = steps.view(1, -1) if steps.shape[:2] == (1, 1) else steps.expand(b, h, -1).reshape(b * h, -1)
         known = self._known()
         cos, sin = self._looked_up(known, wide, steps) or self._computed(known, wide, steps)
-        _, rotated = self._apply(wide[:, :0], wide, cos, sin)
-        return rotated.view(b, h, s, d).to(x.dtype)
+        return self._apply(wide, cos, sin).reshape(b, h, s, d).to(x.dtype)
 
     def matrix(self, delta: float, head_dim: int, device: torch.device) -> Tensor:
         """Return what rotates rows by `delta` positions when they are multiplied by it, (d d), float32."""
@@ -190,14 +278,3 @@ def lasting() -> Iterator[None]:
     """Make tensors that may be used with gradients later, whatever mode the caller is in."""
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def modeling_function(module: nn.Module, name: str) -> Callable[..., Any] | None:
-    """Return a function of the modelling file that defines the module's class, or None where it has none."""
-    for cls in type(module).__mro__:
-        if cls.__module__.startswith("torch."):
-            return None
-        function = getattr(sys.modules[cls.__module__], name, None)
-        if function is not None:
-            return function  # type: ignore[no-any-return]
-    return None

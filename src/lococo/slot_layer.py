@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from lococo.compressors.base import Compressor
@@ -45,6 +45,7 @@ class SlotLayer(CacheLayerMixin):
         self.pending_mass: Tensor | None = None
         self.scaling = 1.0
         self.softcap: float | None = None
+        self.sinks: Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -165,13 +166,29 @@ class SlotLayer(CacheLayerMixin):
             return bias.contiguous()  # kernels on a GPU want a mask to begin where a vector begins
         return bias + self.log_mass[:, :, None, :width].to(query.dtype)
 
+    def seen_by(self, module: nn.Module, query: Tensor) -> Tensor:
+        """Return a module's queries, (b h*g q d), as those of the keys that `keys_seen` returns."""
+        return query
+
+    def keys_seen(self) -> Tensor:
+        """Return the buffer's keys as compressors see them, (b h s d)."""
+        return self.keys
+
     @torch.no_grad()
-    def observe(self, query: Tensor, scaling: float, softcap: float | None) -> None:
-        """Take down what the compressor asked for from a chunk's queries, (b h*g q d)."""
+    def observe(self, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None = None) -> None:
+        """Take down what the compressor asked for from a chunk's queries.
+
+        Args:
+            query: After RoPE, (b h*g q d), as `seen_by` returns it.
+            scaling: Factor of the attention logits.
+            softcap: Their cap.
+            sinks: A logit per head, beside those of the entries, that takes attention away from them, (h*g).
+        """
         assert self.chunk is not None
-        self.scaling, self.softcap = scaling, softcap
         b, heads, q, d = query.shape
         h = self.keys.shape[1]
+        self.scaling, self.softcap = scaling, softcap
+        self.sinks = None if sinks is None else sinks.detach().float().view(h, heads // h)
         queries = query.view(b, h, heads // h, q, d)
         if "queries" in self.compressor.observes:
             if self.queries is None:
@@ -190,11 +207,12 @@ class SlotLayer(CacheLayerMixin):
             width = self._width(self.filled)
             # Added once the whole chunk is read: one that is interrupted must leave no trace.
             self.pending_mass = attention_mass(
-                self.keys[:, :, :width],
+                self.keys_seen()[:, :, :width],
                 self.log_mass[:, :, :width],
                 queries,
                 scaling=scaling,
                 softcap=softcap,
+                sinks=self.sinks,
                 visible=self.visible(),
                 weight=None if self.chunk.real is None else self.chunk.real.float(),
             )
@@ -246,6 +264,7 @@ class SlotLayer(CacheLayerMixin):
             rotary=self.rotary,
             scaling=self.scaling,
             softcap=self.softcap,
+            sinks=self.sinks,
         )
 
     def _store(self, rows: list[int], entries: Entries) -> None:

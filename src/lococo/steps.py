@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import MoeModelOutputWithPast
@@ -38,8 +38,9 @@ class StepLayer(CacheLayerMixin):
     mass: Tensor | None
     queries: Tensor | None
 
-    def __init__(self, step: "StepCache") -> None:
+    def __init__(self, step: "StepCache", layer_idx: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.layer_idx = layer_idx
         self.is_initialized = True
         self.step = step
         # Attention mass of the step's queries, until the step is counted, (b h s); None: nobody asks for it.
@@ -69,11 +70,19 @@ class StepLayer(CacheLayerMixin):
 
     def attention_bias(self, query: Tensor) -> Tensor:
         """Return log_mass, and what hides the part of the buffer that is not filled, (b h*g 1 s)."""
-        bias = self._bias().to(query.dtype)
+        bias = self.shared_bias(query)
         return bias.repeat_interleave(query.shape[1] // bias.shape[1], 1)
 
-    def observe(self, query: Tensor, scaling: float, softcap: float | None) -> None:
-        """Take down what the compressor asked for of a step's queries, (b h*g 1 d)."""
+    def shared_bias(self, query: Tensor) -> Tensor:
+        """Return `attention_bias` once for all query heads that share a key/value head, (b h 1 s)."""
+        return self._bias().to(query.dtype)
+
+    def seen_by(self, module: nn.Module, query: Tensor) -> Tensor:
+        """Return a module's queries, (b h*g q d), as they are."""
+        return query
+
+    def observe(self, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None = None) -> None:
+        """Take down what the compressor asked for of a step's queries, (b h*g 1 d); see `SlotLayer.observe`."""
         b, heads, _, d = query.shape
         h = self.log_mass.shape[1]
         queries = query.view(b, h, heads // h, d)
@@ -83,7 +92,11 @@ class StepLayer(CacheLayerMixin):
             logits = (queries.float() * scaling) @ self.keys.float().transpose(2, 3)
             if softcap is not None:
                 logits = (logits / softcap).tanh() * softcap
-            self.pending.copy_((logits + self._bias()).softmax(-1).sum(2))
+            logits = logits + self._bias()
+            if sinks is not None:
+                beside = sinks.float().view(1, h, heads // h, 1).expand(b, -1, -1, -1)
+                logits = torch.cat([logits, beside], -1)
+            self.pending.copy_(logits.softmax(-1)[..., : self.pending.shape[-1]].sum(2))
 
     def _bias(self) -> Tensor:
         width = self.log_mass.shape[-1]
@@ -110,7 +123,11 @@ class StepCache(Cache):
     """A SlotCache as a graph wants it; of fixed shape, with all that changes in tensors."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(layers=[StepLayer(self) for _ in range(number)])
+        super().__init__(layers=[StepLayer(self, layer_idx) for layer_idx in range(number)])
+
+    def attended(self, layer_idx: int, key: Tensor) -> StepLayer:
+        """Return the layer that an attention module looks into: its own."""
+        return cast(StepLayer, self.layers[layer_idx])
 
     def show(self, cache: SlotCache, positions: Tensor) -> None:
         """Take a cache's buffers, and what its next step needs to know; positions are (b 1) or (1 1)."""
@@ -140,7 +157,7 @@ class Steps:
             and inputs.shape[1] == 1
             and cache.rows.seen > 0
             and asked <= KNOWN
-            and len(cache.slot_layers) == len(cache.layers)
+            and all(type(layer) is SlotLayer for layer in cache.layers)
             and not torch.is_grad_enabled()
         )
 

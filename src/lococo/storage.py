@@ -24,6 +24,7 @@ from lococo.errors import DocumentError, FileFormatError
 from lococo.facts import ModelFacts, weights_fingerprint
 from lococo.models import tokenizer_fingerprint
 from lococo.slot_layer import SlotLayer
+from lococo.state_layer import STATES, has_state, is_state, restore_states, states_of
 
 FORMAT_VERSION = 1
 KEY = "lococo_context"
@@ -95,6 +96,9 @@ def save_context(
             tensor = getattr(layer, name)
             if tensor is not None:
                 tensors[f"{i}.{name}"] = _stored(layer, name, tensor)
+    for i, layer in enumerate(cache.layers):
+        for name, number, state in states_of(layer):
+            tensors[f"{i}.{name}.{number}"] = state.detach().cpu().contiguous()
     header = {
         "format_version": FORMAT_VERSION,
         "facts": ModelFacts.of(model).to_dict(),
@@ -124,11 +128,15 @@ FIELDS: dict[str, type] = {
 }
 ROW_STATE = ("seen", "tokens", "fresh", "room", "next_position", "shifted")
 # Attributes of a layer beside its tensors; a sliding layer of transformers counts its columns.
+# Tensors that come in the model's floating-point type.
+FLOATING = ("keys", "values", "queries", "conv_states")
 LAYER_STATE = ("held", "carries_mass", "scaling", "softcap", "cumulative_length")
 
 
 def _layer_state(layer: Any) -> dict[str, Any]:
-    return {name: getattr(layer, name) for name in LAYER_STATE if hasattr(layer, name)}
+    state = {name: getattr(layer, name) for name in LAYER_STATE if hasattr(layer, name)}
+    sinks = getattr(layer, "sinks", None)
+    return state if sinks is None else state | {"sinks": sinks.tolist()}
 
 
 def _stored(layer: Any, name: str, tensor: Tensor) -> Tensor:
@@ -271,11 +279,16 @@ def _restore_layer(
         return
     # Read in one floating-point type and asked in another: keys, values and queries follow the model.
     own = {
-        name: tensor.to(model.device, model.dtype if name in ("keys", "values", "queries") else None)
+        name: tensor.to(model.device, model.dtype if name.partition(".")[0] in FLOATING else None)
         for name, tensor in own.items()
     }
     if not all(bool(tensor.isfinite().all()) for tensor in own.values()):
         raise ValueError(f"layer {i} holds numbers that are not finite")
+    states = {name: own.pop(name) for name in list(own) if name.partition(".")[0] in STATES}
+    if has_state(layer):
+        restore_states(layer, {tuple(name.split(".")): state for name, state in states.items()})
+    if is_state(layer):
+        return
     layer.lazy_initialization(own["keys"], own["values"])
     for name in LAYER_STATE:
         if name in state:
@@ -283,6 +296,8 @@ def _restore_layer(
     if not isinstance(layer, SlotLayer):
         layer.keys, layer.values = own["keys"], own["values"]
         return
+    if "sinks" in state:
+        layer.sinks = torch.tensor(state["sinks"], device=model.device)
     _check_layer(i, layer, own)
     for name, tensor in own.items():
         if name == "queries":

@@ -25,6 +25,7 @@ from lococo.errors import ArgumentError, WindowError
 from lococo.models import load_model
 from lococo.progress import counting
 from lococo.reader import prefill, read
+from lococo.state_layer import has_state
 
 logger = logging.getLogger(__name__)
 
@@ -216,8 +217,10 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
         with self.attachment, _counting("answers written", disable_tqdm) as progress:
             for numbers, (texts, until, how) in zip(kinds.values(), prepared, strict=True):
                 wanted = [Wanted(ids, len(ids) - 1) for ids in texts]
-                # In sliding layers padding between what is shared and the rest would push the former out of sight.
-                alone = any(not grows(layer) for layer in DynamicCache(config=self.model.config).layers)
+                # In sliding layers padding between what is shared and the rest would push the former out of sight, and
+                # recurrent ones take it for text.
+                layers = DynamicCache(config=self.model.config).layers
+                alone = any(not grows(layer) or has_state(layer) for layer in layers)
                 for cache, start, group in self._groups(wanted, 1 if alone else None):
                     written = self._written(cache, start, [texts[place] for place in group], until, how)
                     for place, ids in zip(group, written, strict=True):

@@ -38,7 +38,7 @@ def new_heads(model: PreTrainedModel, recipe: Recipe, budgets: dict[int, list[fl
     """Make untrained heads for a model; they compress as "mass-merge" does, the paper's as "chunk-mass"."""
     facts = ModelFacts.of(model)
     layers = slot_layer_indices(model)
-    decoder = cast(PreTrainedModel, model.base_model)
+    decoder = cast(PreTrainedModel, model.get_decoder())
     torch.manual_seed(recipe.seed)
     if recipe.heads == PaperHeads.kind:
         return PaperHeads(

@@ -38,7 +38,7 @@ class Attachment:
         compiled: bool,
     ) -> None:
         self.model = model
-        self.decoder = cast(PreTrainedModel, model.base_model)
+        self.decoder = decoder_of(model)
         self.chunk_size = chunk_size
         self.positions = positions
         self.compiled = compiled
@@ -213,6 +213,14 @@ def attach(
             "lower num_slots or chunk_size"
         )
     return attachment
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of a model that reads tokens: its base, or the language model within one that sees images."""
+    base = cast(PreTrainedModel, model.base_model)
+    if model.config.get_text_config(decoder=True) is model.config:
+        return base
+    return cast(PreTrainedModel, base.get_decoder())
 
 
 def window_of(model: PreTrainedModel) -> int | None:

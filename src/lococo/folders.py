@@ -95,6 +95,6 @@ def check_tokenizer(label: str, model: "PreTrainedModel", tokenizer: "PreTrained
     beyond = {index: token for token, index in tokenizer.get_vocab().items() if index >= rows and token not in unread}
     if beyond:
         raise ModelError(
-            f"the tokenizer of {label} does not belong to it: its token {beyond[min(beyond)]!r} has the id "
-            f"{min(beyond)}, but the model knows {rows} tokens; copy the tokenizer's files from where the weights came from"
+            f"the tokenizer of {label} does not belong to it: its token {beyond[min(beyond)]!r} has the "
+            f"id {min(beyond)}, but the model knows {rows} tokens; take its files from where the weights are from"
         )

@@ -1,4 +1,4 @@
-"""Llama 2, the model of the paper: its real shapes on the meta device, and its kind of checkpoint on several devices."""
+"""Llama 2, the model of the paper: its real shapes without weights, and layers on several devices."""
 
 import math
 from pathlib import Path
@@ -8,13 +8,14 @@ import torch
 import yaml
 from accelerate import dispatch_model
 from commands import save_llama
-from families import tokens
+from families import tiny, tokens
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import lococo
 from lococo.bench.plan import known_config, plan
 from lococo.compressors.base import SelectMerge
 from lococo.compressors.paper import PaperHeads
+from lococo.errors import UnsupportedModelError
 from lococo.train.loop import new_heads
 from lococo.train.recipe import Recipe
 
@@ -49,7 +50,7 @@ def test_the_papers_heads_have_the_papers_size(named: tuple[str, LlamaForCausalL
 
 
 def test_a_plan_counts_what_is_held(named: tuple[str, LlamaForCausalLM]) -> None:
-    name, model = named
+    name, _ = named
     layers, heads, parameters = SHAPES[name]
     config = known_config(name)
     assert config is not None
@@ -79,7 +80,10 @@ def test_layers_may_lie_where_accelerate_puts_them(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "tiny", layers=4)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = tokens(1, 100)
-    expected, places = [], {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    expected, places = (
+        [],
+        {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"},
+    )
     for compressor in ("mass-merge", "lococo-paper"):
         with lococo.attach(model, compressor, num_slots=40, chunk_size=16) as slots:
             expected.append(model(ids, past_key_values=slots.new_cache()).logits)
@@ -90,3 +94,15 @@ def test_layers_may_lie_where_accelerate_puts_them(tmp_path: Path) -> None:
         with lococo.attach(model, compressor, num_slots=40, chunk_size=16) as slots:
             torch.testing.assert_close(model(ids, past_key_values=slots.new_cache()).logits, logits)
     assert model(ids).logits.isfinite().all()
+
+
+def test_layers_on_several_accelerators_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    monkeypatch.setattr(
+        model, "hf_device_map", {"model.layers.0": 0, "model.layers.1": 1, "lm_head": "cpu"}, raising=False
+    )
+    with pytest.raises(UnsupportedModelError, match=r"lie on 2 devices \(0, 1\), and slots are kept on one; load it"):
+        lococo.attach(model, "mass-merge", num_slots=40, chunk_size=16)
+    lococo.attach(model, "full")
+    monkeypatch.setattr(model, "hf_device_map", {"model.layers.0": 0, "model.layers.1": "disk", "lm_head": "cpu"})
+    lococo.attach(model, "mass-merge", num_slots=40, chunk_size=16)

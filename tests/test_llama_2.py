@@ -101,7 +101,7 @@ def test_layers_on_several_accelerators_are_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         model, "hf_device_map", {"model.layers.0": 0, "model.layers.1": 1, "lm_head": "cpu"}, raising=False
     )
-    with pytest.raises(UnsupportedModelError, match=r"lie on 2 devices \(0, 1\), and slots are kept on one; load it"):
+    with pytest.raises(UnsupportedModelError, match=r"lies on 2 devices \(0, 1\), and slots are kept on one; load it"):
         lococo.attach(model, "mass-merge", num_slots=40, chunk_size=16)
     lococo.attach(model, "full")
     monkeypatch.setattr(model, "hf_device_map", {"model.layers.0": 0, "model.layers.1": "disk", "lm_head": "cpu"})

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 
-# Later releases of transformers are published without this script.
+# Releases of transformers from 4.50 on are published without this script.
 META_CONVERTER = (
     'in an environment of its own `pip install "transformers==4.44.2" "numpy<2.2" torch accelerate sentencepiece`, run '
     "`python -m transformers.models.llama.convert_llama_weights_to_hf --input_dir {source} --output_dir NEW "

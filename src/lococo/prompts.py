@@ -77,7 +77,7 @@ class Prompt:
         return self._encode(anchor + text)[alien:] if text else []
 
     def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _from_template(tokenizer: PreTrainedTokenizerBase) -> Prompt | None:

@@ -1,17 +1,23 @@
 import contextlib
 import copy
+from functools import cache
 
 import pytest
 import torch
-from families import SMALL, heads_for, tiny, tokens
+from families import SMALL, VOCABULARY, heads_for, tiny, tokens
 from transformers import (
     DynamicCache,
+    GenerationConfig,
     LlamaConfig,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LogitsProcessorList,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    SuppressTokensLogitsProcessor,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -226,3 +232,99 @@ def test_the_fingerprint_tells_apart_whatever_reads_differently(monkeypatch):
         assert made() == seen[0]
     assert len(set(seen)) == len(seen)
     assert made() == seen[0]
+
+
+@cache
+def seeing() -> LlavaForConditionalGeneration:
+    """A tiny Llava: a Llama that reads 16 patches of an image in place of 16 tokens 127."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"model_type": "siglip_vision_model", "image_size": 16, "patch_size": 4}
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=LlamaConfig(**SMALL),
+        image_token_index=127,
+        vision_feature_select_strategy="full",
+        vision_feature_layer=-1,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    model.generation_config = GenerationConfig()
+    return model
+
+
+def shown(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A prompt of 120 tokens with an image at its beginning."""
+    ids = tokens(1, 120).clamp(max=126)
+    ids[:, 10:26] = 127
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def test_enough_slots_see_what_the_full_cache_sees():
+    model, (image, other) = seeing(), torch.randn(2, 1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    full, of_other = (model.generate(**shown(each), max_new_tokens=12, do_sample=False) for each in (image, other))
+    assert full.tolist() != of_other.tolist()
+    with lococo.attach(model, "mass-merge", num_slots=120, chunk_size=16) as slots:
+        cache = slots.new_cache()
+        inside = model.generate(**shown(image), past_key_values=cache, max_new_tokens=12, do_sample=False)
+    assert inside.tolist() == full.tolist()
+    assert cache.rows.tokens == [131]
+    assert slots.decoder is model.model.language_model
+    assert "forward" not in vars(model.model.language_model)
+
+
+@torch.no_grad()
+def test_patches_of_an_image_are_entries_that_are_compressed():
+    model, image = seeing(), torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    logits = []
+    with lococo.attach(model, "mass-merge", num_slots=40, chunk_size=16) as slots:
+        for pixels in (image, -image):
+            cache = slots.new_cache()
+            logits.append(model(**shown(pixels), past_key_values=cache).logits)
+            assert cache.slot_layers[0].held == [40]
+    kept = cache.slot_layers[0].token_index[0, 0, :40]
+    assert ((kept >= 10) & (kept < 26)).any()
+    # Tokens before the image cannot tell; those after the compressions still see it in the slots.
+    differ = (logits[0] - logits[1]).abs().amax(-1)[0]
+    assert (differ[:10] < 1e-4).all()
+    assert (differ[100:] > 1e-3).all()
+
+
+def test_generate_reads_embeddings_as_it_reads_ids():
+    model, ids = tiny(), tokens(1, 100)
+    outputs = []
+    with lococo.attach(model, "mass-merge", num_slots=40, chunk_size=16) as slots:
+        for prompt in ({"input_ids": ids}, {"inputs_embeds": model.get_input_embeddings()(ids).detach()}):
+            cache = slots.new_cache()
+            outputs.append(model.generate(**prompt, past_key_values=cache, max_new_tokens=30, do_sample=False)[:, -30:])
+            assert cache.rows.tokens == [129]
+    assert torch.equal(*outputs)
+
+
+def test_decoding_may_be_constrained():
+    model, ids = tiny(), tokens(2, 100)
+    odd = list(range(1, VOCABULARY, 2))
+    with lococo.attach(model, "h2o", num_slots=40, chunk_size=16) as slots:
+        free, bound, processed = (
+            model.generate(ids, past_key_values=slots.new_cache(), max_new_tokens=30, do_sample=False, **how)[:, 100:]
+            for how in (
+                {},
+                {"prefix_allowed_tokens_fn": lambda row, so_far: odd},
+                {"logits_processor": LogitsProcessorList([SuppressTokensLogitsProcessor(range(0, VOCABULARY, 2))])},
+            )
+        )
+        # Each token is the likeliest of those allowed, given what was read.
+        logits = model(torch.cat([ids, bound], 1), past_key_values=slots.new_cache()).logits[:, 99:-1, 1::2]
+    assert (free % 2 == 0).any()
+    assert (bound % 2 == 1).all()
+    assert bound.tolist() == processed.tolist()
+    assert (2 * logits.argmax(-1) + 1).tolist() == bound.tolist()
+
+
+@pytest.mark.parametrize("how", [{"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "low"}])
+def test_searches_that_transformers_left_to_the_hub_are_refused_by_it(how):
+    model = tiny()
+    with (
+        lococo.attach(model, "h2o", num_slots=40, chunk_size=16) as slots,
+        pytest.raises(ValueError, match="trust_remote_code=True"),
+    ):
+        model.generate(tokens(1, 60), past_key_values=slots.new_cache(), max_new_tokens=5, do_sample=False, **how)

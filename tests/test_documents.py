@@ -4,6 +4,7 @@ import io
 import json
 import random
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -319,6 +320,36 @@ def test_special_tokens_inside_a_document_are_plain_text(gpt2):
     assert not {0, 1} & set(ids)
     assert gpt2.convert_tokens_to_ids("<|im_end|>") == 1
     assert gpt2(text)["input_ids"].count(1) == 1
+
+
+def odd_texts(count: int) -> Iterator[str]:
+    """Short texts of emoji, CJK, combining marks, code and single characters in any order."""
+    rng = random.Random(2)
+    single = "aZ0 .\n\t\"'🦓é\u0301\u200d️漢한नि\u00a0ß"
+    for _ in range(count):
+        parts = [rng.choice(FRAGMENTS) if rng.random() < 0.4 else rng.choice(single) for _ in range(rng.randrange(40))]
+        yield "".join(parts)[:400]
+
+
+def test_a_text_that_comes_character_by_character(tokenizer):
+    for text in odd_texts(100):
+        assert streamed(tokenizer, text, block_chars=48) == whole(tokenizer, text)
+
+
+def test_a_text_that_comes_character_by_character_without_words(sentencepiece):
+    for text in odd_texts(100):
+        assert streamed(sentencepiece, text, block_chars=48) == whole(sentencepiece, text)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "prefix space", "sentencepiece"])
+def test_a_text_that_goes_on_from_another(kind, gpt2, sentencepiece):
+    prefixed = trained(None, pre_tokenizers.ByteLevel(add_prefix_space=True))
+    tokenizer = {"gpt2": gpt2, "prefix space": prefixed, "sentencepiece": sentencepiece}[kind]
+    before = "what came before 漢"  # joins with nothing
+    for text in ("the quick brown fox", "漢字", "\n\n  indented", "<|im_end|> and so on. " * 40, ""):
+        for pieces in ([text], text):
+            ids = whole(tokenizer, before) + streamed(tokenizer, pieces, block_chars=100, continues=True)
+            assert ids == whole(tokenizer, before + text)
 
 
 def test_long_text_gives_no_warning(gpt2, caplog):

@@ -39,7 +39,7 @@ class Attachment:
         compiled: bool,
     ) -> None:
         self.model = model
-        self.decoder = cast(PreTrainedModel, model.get_decoder())
+        self.decoder = decoder_of(model)
         self.chunk_size = chunk_size
         self.positions = positions
         self.compiled = compiled
@@ -203,6 +203,12 @@ def attach(
     for name, value in (("num_slots", num_slots), ("chunk_size", chunk_size)):
         if not isinstance(value, int) or value < 1:
             raise ArgumentError(f"{name} must be a whole number of at least 1, got {value!r}")
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}
+    if len(places) > 1 and compressor != "full":
+        raise UnsupportedModelError(
+            f"the model lies on {len(places)} devices ({', '.join(sorted(places))}), and slots are kept on one; "
+            "load it onto one of them, in fewer bits or with the layers that do not fit offloaded to the CPU"
+        )
     if positions not in ("original", "packed"):
         raise ArgumentError(f"positions must be 'original' or 'packed', got {positions!r}")
     layers = slot_layer_indices(model)
@@ -223,6 +229,11 @@ def attach(
             "lower num_slots or chunk_size"
         )
     return attachment
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of a model that reads tokens: its base, or the language model within one that sees images."""
+    return cast(PreTrainedModel, model.get_decoder())
 
 
 def window_of(model: PreTrainedModel) -> int | None:

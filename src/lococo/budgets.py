@@ -12,6 +12,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lococo.atomic import write_atomically
@@ -185,7 +186,11 @@ def calibration_weights(
 @contextlib.contextmanager
 def _in_float32(model: PreTrainedModel) -> Iterator[None]:
     """Hold a model's weights in float32 for a while; buffers, such as RoPE's frequencies, are left alone."""
-    before = [(parameter, parameter.dtype) for parameter in model.parameters() if parameter.is_floating_point()]
+    before = [
+        (parameter, parameter.dtype)
+        for parameter in model.parameters()
+        if parameter.is_floating_point() and not is_traceable_wrapper_subclass(parameter)  # not quantised
+    ]
     try:
         for parameter, _ in before:
             parameter.data = parameter.data.float()

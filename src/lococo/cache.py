@@ -10,7 +10,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from lococo.compressors.base import Compressor
 from lococo.errors import ArgumentError, LococoError
 from lococo.latent_layer import LatentSlotLayer
 from lococo.norms import norms_of
+from lococo.past import Past, Step
 from lococo.rope import Rotary
 from lococo.rows import Chunk, Rows
 from lococo.slot_layer import SlotLayer
@@ -75,6 +76,7 @@ class SlotCache(Cache):
         self.incomplete = False
         # How compiled steps see it, see `steps`; made by the first of them.
         self.step: Any = None
+        self.past: Past | None = None
         budgets = iter(slots_per_layer)
 
         def made(i: int, layer: Any) -> Any:
@@ -178,9 +180,12 @@ class SlotCache(Cache):
             )
         if self.incomplete:
             raise LococoError("reading into this cache was interrupted halfway; reset() it and read again")
+        before = self._recorded()
         waiting = [True] * batch if real is None else real.any(1).tolist()
         self.compress([row for row in range(batch) if waiting[row] and self.rows.room[row] == 0])
         chunk = self._next_chunk(batch, columns, real, position_ids, device)
+        chunk.recorded = before is not None
+        rows = copy.deepcopy(self.rows) if chunk.recorded else self.rows
         try:
             for layer in self.slot_layers:
                 layer.chunk = chunk
@@ -189,6 +194,8 @@ class SlotCache(Cache):
             for layer in self.slot_layers:
                 layer.chunk_read()
             self.rows.advance(chunk)
+            if self.past is not None and before is not None:
+                self.past.add(Step(before, chunk, rows))
         except BaseException:
             # Slot layers take a chunk back by not counting it; transformers' own layers cannot.
             self.incomplete = not all(type(layer) in (SlotLayer, LatentSlotLayer) for layer in self.layers)
@@ -258,19 +265,62 @@ class SlotCache(Cache):
         """Return the layers that are more than a state, which transformers can neither select nor repeat."""
         return [layer for layer in self.layers if not is_state(layer)]
 
+    def activate_past_recording(self) -> None:
+        """Take down from here on what `crop` needs; transformers calls it before an assistant guesses tokens."""
+        super().activate_past_recording()  # type: ignore[no-untyped-call]
+        self.past = Past()
+
+    def _recorded(self) -> "SlotCache | None":
+        """Return a copy to come back to, if the next chunk may be taken back."""
+        if self.past is None:
+            return None
+        before = cast(SlotCache, fork(self))
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer) and layer.is_initialized:
+                layer.crop(0)  # the copy holds what a sliding layer lets go here
+        return before
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens of every row, and keep for good what comes before them.
+
+        Args:
+            tokens_to_remove: Their number, negative; 0 only keeps.
+
+        Raises:
+            ArgumentError: If it is positive.
+            LococoError: If they are more than was taken down since `activate_past_recording` or the last `crop`.
+        """
+        if tokens_to_remove > 0:
+            raise ArgumentError(f"expected the negative number of tokens to forget, got {tokens_to_remove}")
+        if self.past is not None:
+            self.past.forget(self, -tokens_to_remove)
+        elif tokens_to_remove:
+            raise LococoError(
+                "a SlotCache cannot forget tokens that it has not taken down; "
+                "call activate_past_recording() before they are read"
+            )
+
     def reset(self) -> None:
         """Forget everything that was read."""
         super().reset()  # type: ignore[no-untyped-call]
+        self._settle()
         self.incomplete = False
         self.rows.clear()
 
+    def _settle(self) -> None:
+        """Keep what was read for good: rows are no longer where recorded chunks had them."""
+        if self.past is not None:
+            self.past.steps.clear()
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams of a beam search."""
+        self._settle()
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]
         self.rows.select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
+        self._settle()
         for layer in filter(has_state, self.layers):
             map_states(layer, lambda state: state.index_select(0, indices.to(state.device)))
         for layer in self._attending():
@@ -279,6 +329,7 @@ class SlotCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
+        self._settle()
         for layer in filter(has_state, self.layers):
             map_states(layer, lambda state: state.repeat_interleave(repeats, 0))
         for layer in self._attending():
@@ -291,7 +342,7 @@ def fork(cache: Cache) -> Cache:
     if not isinstance(cache, SlotCache):
         return copy.deepcopy(cache)
     made = copy.copy(cache)
-    made.rows, made.step = copy.deepcopy(cache.rows), None
+    made.rows, made.step, made.past = copy.deepcopy(cache.rows), None, None
     made.layers = [
         layer.fork(made.rows) if isinstance(layer, SlotLayer) else copy.deepcopy(layer) for layer in cache.layers
     ]

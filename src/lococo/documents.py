@@ -17,6 +17,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, BinaryIO, Final, NamedTuple, TextIO
 
@@ -55,6 +56,8 @@ BLOCKS: Final = re.compile(
 OVERLAP_CHARS: Final = 128
 MARGIN_CHARS: Final = 64
 CHECKED_TOKENS: Final = 16
+# Characters that no tokenizer we know joins with what follows all of them.
+ANCHORS: Final = ("\n", "\x02", "~")
 # A window this long without a word's end is cut inside the word (base64, or Chinese without a pre-tokenizer).
 LONGEST_WORD_CHARS: Final = 1 << 20
 
@@ -101,7 +104,11 @@ def demo_text() -> str:
 
 
 def encode_stream(
-    tokenizer: PreTrainedTokenizerBase, pieces: Iterable[str], *, block_chars: int = 1 << 16
+    tokenizer: PreTrainedTokenizerBase,
+    pieces: Iterable[str],
+    *,
+    block_chars: int = 1 << 16,
+    continues: bool = False,
 ) -> Iterator[list[int]]:
     """Yield the token ids of a text of any length; joined they equal those of the whole text at once.
 
@@ -116,13 +123,17 @@ def encode_stream(
         tokenizer: A fast tokenizer. Any other one gets the whole text at once.
         pieces: The text, cut anywhere.
         block_chars: New characters in each window.
+        continues: Encode what goes on from other text: without the space that some tokenizers put before a beginning.
 
     Yields:
         Lists of token ids, never empty.
     """
+    if continues:
+        yield from _continuing(tokenizer, pieces, block_chars)
+        return
     if not tokenizer.is_fast:
         if text := "".join(pieces):
-            yield list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
+            yield _plain_ids(tokenizer, text)
         return
     windows = _Windows(tokenizer, block_chars)
     unread: list[str] = []
@@ -138,6 +149,43 @@ def encode_stream(
                     yield sure
     if rest := windows.finish("".join(unread)):
         yield rest
+
+
+def anchor_of(encode: Callable[[str], list[int]], text: str) -> tuple[str, int]:
+    """Find what to put before a text so that it is encoded as the continuation of another.
+
+    Args:
+        encode: Turns a text into ids.
+        text: Its beginning will do.
+
+    Returns:
+        A character, and how many ids it takes, which belong to the text no more; ("", 0) for tokenizers that encode a
+        beginning like everything else.
+    """
+    for anchor in ANCHORS:
+        head = encode(anchor)
+        if encode(f"{anchor}x") == head + encode("x"):
+            break
+        if encode(anchor + text)[: len(head)] == head:
+            return anchor, len(head)
+    return "", 0
+
+
+def _continuing(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[str], block_chars: int) -> Iterator[list[int]]:
+    rest = iter(pieces)
+    first = ""
+    while len(first) < OVERLAP_CHARS and (piece := next(rest, None)) is not None:
+        first += piece
+    anchor, alien = anchor_of(lambda text: _plain_ids(tokenizer, text), first[:OVERLAP_CHARS])
+    for ids in encode_stream(tokenizer, chain([anchor + first] if first else [], rest), block_chars=block_chars):
+        own = ids[alien:]
+        alien -= len(ids) - len(own)
+        if own:
+            yield own
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"])
 
 
 class _Tokens(NamedTuple):

@@ -1,10 +1,13 @@
 """What a file that belongs to a model records about it, and the comparison when the file comes back."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from lococo.errors import FileFormatError, UnsupportedModelError
@@ -85,19 +88,36 @@ class ModelFacts:
             )
 
 
-# Values that are looked at in every parameter.
+# Values that are looked at in every weight.
 SAMPLED_VALUES = 8
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Return a short hash of a few values of every parameter, "" for a model without any (meta device).
+    """Return a short hash of a few values of every weight, "" for a model without any (meta device).
 
-    Values are rounded to bfloat16 first, so that a model has the same fingerprint in float32 and in bfloat16.
+    Values are rounded to bfloat16 first, so that a model has the same fingerprint in float32 and in bfloat16. Quantised
+    weights count as they are stored, also those that are buffers or tensors of another kind.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.is_meta:
-            return ""
-        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // SAMPLED_VALUES)]
-        digest.update(name.encode() + sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    for name, weight in sorted([*model.named_parameters(), *_stored_buffers(model)], key=lambda each: each[0]):
+        for part in _plain_parts(weight.detach()):
+            if part.is_meta:
+                return ""
+            sample = part.flatten()[:: max(1, part.numel() // SAMPLED_VALUES)]
+            digest.update(name.encode() + sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _stored_buffers(model: PreTrainedModel) -> list[tuple[str, Tensor]]:
+    """Return the buffers that are saved with a model: packed weights and their scales, but no table of angles."""
+    stored = model.state_dict(keep_vars=True)
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in stored]
+
+
+def _plain_parts(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the ordinary tensors that a tensor is made of: itself, or what a subclass (of torchao) wraps."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _plain_parts(getattr(tensor, name))

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from lococo.cached import cached_folder
 from lococo.errors import ArgumentError, ModelError, UnsupportedModelError
+from lococo.folders import check_folder, check_loaded, check_tokenizer
 
 # Importing torch and transformers takes two seconds, and the command line imports this file to answer --help.
 if TYPE_CHECKING:
@@ -83,6 +85,7 @@ def load_model(
     with _quiet(progress=source == label and sys.stderr.isatty()):
         model = _load_weights(source, label, dtype, trust_remote_code)
         tokenizer = _load_tokenizer(source, label, trust_remote_code)
+    check_tokenizer(label, model, tokenizer)
     # transformers leaves the cache folder here, which differs from machine to machine.
     model.config._name_or_path = label
     if device is not None:
@@ -204,6 +207,7 @@ def _resolve(name: str | os.PathLike[str] | None) -> tuple[str, str]:
     given = os.fspath(name)
     path = Path(given).expanduser()
     if path.is_dir():
+        check_folder(path.resolve())
         return str(path), path.resolve().name
     if path.suffix.lower() == ".gguf" and path.is_file():
         return str(_gguf_folder(path)), path.stem
@@ -220,15 +224,15 @@ def _load_weights(source: str, label: str, dtype: str | torch.dtype, trust_remot
     config = _config(source, label, trust_remote_code)
     with _explained(label):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+            source,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # transformers would raise without naming a weight
         )
     model: PreTrainedModel = loaded[0]
-    # transformers only warns and draws random numbers; the head of a classifier is how one gets here.
-    if missing := sorted(loaded[1]["missing_keys"]):
-        raise UnsupportedModelError(
-            f"{label} lacks {len(missing)} of the weights of a causal language model ({missing[0]}, ...); "
-            "name a checkpoint that was saved with its language-modelling head"
-        )
+    check_loaded(label, loaded[1])
     return model
 
 
@@ -282,6 +286,11 @@ def _explained(subject: str) -> Iterator[None]:
 
 def _failure(subject: str, error: Exception) -> str:
     said = " ".join(str(error).split()) or type(error).__name__
+    if "does not recognize this architecture" in said and (kind := re.search(r"model type `([^`]+)`", said)):
+        return (
+            f"{subject} has the architecture {kind[1]!r}, which this transformers does not know; upgrade "
+            "transformers, or trust the code that the model brings along (--trust-remote-code)"
+        )
     short = said if len(said) <= 300 else said[:297] + "..."
     return f"{subject} cannot be loaded: {short}; check the name and the network, or name a local folder"
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lococo.documents import encode_stream
+from lococo.documents import anchor_of, encode_stream
 
 DOCUMENT, QUESTION, ANSWER = "lococo-document-mark", "lococo-question-mark", "lococo-answer-mark"
 
@@ -61,14 +61,23 @@ class Prompt:
             after: "document", "opening" (nothing was read yet), or "answer".
         """
         if after == "document":
-            start, question = [], self.label + question
+            start, question, continues = [], self.label + question, True
         else:
-            start = self.opening_ids() if after == "opening" else self._ids(self.turn)
-        words = [token for ids in encode_stream(self.tokenizer, [question]) for token in ids]
-        return torch.tensor([start + words + self._ids(self.closing)])
+            start = self.opening_ids() if after == "opening" else self._ids(self.turn, continues=True)
+            continues = self.continues(start)
+        words = [token for ids in encode_stream(self.tokenizer, [question], continues=continues) for token in ids]
+        return torch.tensor([start + words + self._ids(self.closing, continues=True)])
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+    def continues(self, ids: list[int]) -> bool:
+        """Tell whether what follows these ids goes on in a text, or begins one as far as the tokenizer is concerned."""
+        return bool(ids) and ids[-1] not in self.tokenizer.all_special_ids
+
+    def _ids(self, text: str, *, continues: bool = False) -> list[int]:
+        anchor, alien = anchor_of(self._encode, text) if continues else ("", 0)
+        return self._encode(anchor + text)[alien:] if text else []
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _from_template(tokenizer: PreTrainedTokenizerBase) -> Prompt | None:

@@ -17,6 +17,7 @@ class Chunk:
         ordinal: Number of each column among the chunk's real tokens of its row, from 1, (b q) or (1 q).
         token_index: The same among all tokens of the row, from 0, (b q).
         position_ids: Positions for RoPE, (b q) or (1 q).
+        recorded: Whether it may be taken back, see `past`.
     """
 
     length: int
@@ -25,8 +26,22 @@ class Chunk:
     ordinal: Tensor
     token_index: Tensor
     position_ids: Tensor
+    recorded: bool = False
     # Attention biases by how much more each row holds than the first, as wide as any layer so far needed.
     biases: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+
+    def first(self, length: int) -> "Chunk":
+        """Return its first columns."""
+        real = None if self.real is None else self.real[:, :length]
+        return Chunk(
+            length,
+            [length] * len(self.counts) if real is None else real.sum(1).tolist(),
+            real,
+            self.ordinal[:, :length],
+            self.token_index[:, :length],
+            self.position_ids[:, :length],
+            self.recorded,
+        )
 
 
 class Rows:

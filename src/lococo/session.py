@@ -55,7 +55,8 @@ class Session:
         opening = self.prompt.opening_ids()
         start = time.perf_counter()
         with reading(cache, text.nbytes) as progress:
-            encoded = encode_stream(self.tokenizer, progress.feed(text.pieces))
+            continues = self.prompt.continues(opening)
+            encoded = encode_stream(self.tokenizer, progress.feed(text.pieces), continues=continues)
             ids = kept(progress.encode(chain([opening] if opening else [], encoded)))
             prefill(self.model, ids, cache, progress=progress.advance)
         return Reading(token_ids, time.perf_counter() - start, progress.peak_resident)

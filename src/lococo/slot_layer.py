@@ -43,6 +43,8 @@ class SlotLayer(CacheLayerMixin):
         self.rotary = rotary
         self.chunk: Chunk | None = None
         self.pending_mass: Tensor | None = None
+        # Queries of a recorded chunk and the mass before it, to observe its beginning again, see `past`.
+        self.latest: tuple[Tensor, Tensor] | None = None
         self.scaling = 1.0
         self.softcap: float | None = None
         self.sinks: Tensor | None = None
@@ -52,6 +54,7 @@ class SlotLayer(CacheLayerMixin):
         """Forget everything that was read."""
         self.is_initialized = False
         self.carries_mass = False
+        self.latest = None
         self.held: list[int] = []
         for name in self.row_tensors:
             setattr(self, name, None)
@@ -205,6 +208,7 @@ class SlotLayer(CacheLayerMixin):
                 self.queries[row, :, :, place.expand(b, -1)[row, column]] = queries[row, :, :, column]
         if self.mass is not None:
             width = self._width(self.filled)
+            self.latest = (query, self.mass.clone()) if self.chunk.recorded else None
             # Added once the whole chunk is read: one that is interrupted must leave no trace.
             self.pending_mass = attention_mass(
                 self.keys_seen()[:, :, :width],
@@ -221,6 +225,16 @@ class SlotLayer(CacheLayerMixin):
         """Keep what was observed of a chunk, now that every layer has read it."""
         if self.mass is not None and self.pending_mass is not None:
             self.mass[:, :, : self.pending_mass.shape[2]] += self.pending_mass
+
+    def read_again(self, beginning: Chunk) -> None:
+        """Count only the beginning of the chunk that was read last; its entries and queries are in place already."""
+        if self.latest is None:
+            return
+        query, self.mass = self.latest
+        self.chunk = beginning
+        self.observe(query[:, :, : beginning.length], self.scaling, self.softcap)
+        self.chunk_read()
+        self.chunk = self.pending_mass = None
 
     def compress(self, rows: list[int], shift: dict[int, int]) -> None:
         """Make slots of the entries of these rows.
@@ -330,14 +344,6 @@ class SlotLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         """Return -1: any number of tokens can be read."""
         return -1
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: what was compressed cannot be taken back."""
-        if tokens_to_remove:
-            raise LococoError(
-                "a SlotCache cannot forget its last tokens, which assisted decoding and prompt lookup ask for; "
-                "generate without an assistant, or with compressor 'full'"
-            )
 
     @property
     def nbytes(self) -> int:

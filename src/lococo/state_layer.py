@@ -58,10 +58,6 @@ class StateSlotLayer(StateLayer, SlotLayer):  # type: ignore[override]
         LinearAttentionLayer.reset(self)
         SlotLayer.reset(self)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: what was compressed cannot be taken back."""
-        SlotLayer.crop(self, tokens_to_remove)
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams of a beam search."""
         map_states(self, lambda state: state.index_select(0, beam_idx.to(state.device)))

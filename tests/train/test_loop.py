@@ -10,10 +10,12 @@ import safetensors.torch
 import torch
 from families import tiny
 from one_training import CORPUS, RECIPE, training
+from test_facts import quantised
 
 import lococo
 from lococo.compressors.heads import load_heads
 from lococo.errors import ArgumentError, DocumentError, FileFormatError, TrainingError
+from lococo.facts import weights_fingerprint
 from lococo.train.loop import heads_in
 from lococo.train.recipe import Recipe
 from lococo.train.run import CHECKPOINT, train
@@ -284,3 +286,15 @@ def test_a_corpus_without_windows(tmp_path):
     (tmp_path / "short" / "a.txt").write_text("few words")
     with pytest.raises(DocumentError, match="hardly any"):
         train(tiny(), tokenizer, Recipe(**RECIPE), tmp_path / "out", data=[str(tmp_path / "short")])
+
+
+@pytest.mark.parametrize("kind", ["buffers", "wrapped"])
+def test_heads_are_trained_for_quantised_weights(tmp_path, kind):
+    model = quantised(kind)
+    before = weights_fingerprint(model)
+    trained = training(tmp_path, model=model, steps=3)
+    start, rows = weights(trained), []
+    trained.run(rows.append)
+    assert all(row["loss"] > 0 for row in rows)
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in weights(trained).items())
+    assert weights_fingerprint(model) == before

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lococo.atomic import write_atomically
-from lococo.attachment import Attachment, attach, slot_layer_indices
+from lococo.attachment import Attachment, attach, decoder_of, slot_layer_indices
 from lococo.cache import SlotCache
 from lococo.compressors import of_heads
 from lococo.compressors.heads import KINDS, Heads
@@ -38,7 +38,7 @@ def new_heads(model: PreTrainedModel, recipe: Recipe, budgets: dict[int, list[fl
     """Make untrained heads for a model; they compress as "mass-merge" does, the paper's as "chunk-mass"."""
     facts = ModelFacts.of(model)
     layers = slot_layer_indices(model)
-    decoder = cast(PreTrainedModel, model.get_decoder())
+    decoder = decoder_of(model)
     torch.manual_seed(recipe.seed)
     if recipe.heads == PaperHeads.kind:
         return PaperHeads(

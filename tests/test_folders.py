@@ -50,6 +50,15 @@ def test_a_missing_shard(sharded: Path) -> None:
         load_model(sharded)
 
 
+def test_pickled_weights_alone(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    torch.save(load_file(weights), folder / "pytorch_model.bin")
+    load_model(folder)  # what is safe is there as well
+    weights.unlink()
+    with pytest.raises(UnsupportedModelError, match=r"^broken holds pickled weights alone \(pytorch_model.bin\)"):
+        load_model(folder)
+
+
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": [1]}', "{}"])
 def test_a_damaged_index(sharded: Path, index: str) -> None:
     (sharded / INDEX).write_text(index, "utf-8")

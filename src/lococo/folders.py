@@ -24,13 +24,18 @@ def check_folder(folder: Path) -> None:
     """Refuse a folder whose weights cannot be read, by its files' names alone.
 
     Raises:
-        UnsupportedModelError: It holds Meta's own checkpoint of a Llama, which is a pickle.
+        UnsupportedModelError: Its weights are pickles alone, such as Meta's own checkpoint of a Llama.
         ModelError: A shard that its index names is missing.
     """
     if not (folder / "config.json").exists() and sorted(folder.glob("consolidated.*.pth")):
         raise UnsupportedModelError(
             f"{folder.name} is a checkpoint in Meta's own format (consolidated.*.pth), a pickle, which lococo does not "
             f"read; {META_CONVERTER.format(source=folder)}"
+        )
+    if not sorted(folder.glob("*.safetensors")) and (pickled := sorted(folder.glob("pytorch_model*.bin"))):
+        raise UnsupportedModelError(
+            f"{folder.name} holds pickled weights alone ({pickled[0].name}), which lococo does not read; where the model "
+            "is trusted, load it once with transformers and save_pretrained() it, which writes safetensors"
         )
     missing = [name for name in _shards(folder) if not (folder / name).is_file()]
     if missing:

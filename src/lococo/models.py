@@ -228,6 +228,7 @@ def _load_weights(source: str, label: str, dtype: str | torch.dtype, trust_remot
             config=config,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            use_safetensors=True,  # never a pickle
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # transformers would raise without naming a weight
         )

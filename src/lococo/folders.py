@@ -34,8 +34,8 @@ def check_folder(folder: Path) -> None:
         )
     if not sorted(folder.glob("*.safetensors")) and (pickled := sorted(folder.glob("pytorch_model*.bin"))):
         raise UnsupportedModelError(
-            f"{folder.name} holds pickled weights alone ({pickled[0].name}), which lococo does not read; where the model "
-            "is trusted, load it once with transformers and save_pretrained() it, which writes safetensors"
+            f"{folder.name} holds pickled weights alone ({pickled[0].name}), which lococo does not read; where "
+            "they are trusted, load them once with transformers and save_pretrained() them, which writes safetensors"
         )
     missing = [name for name in _shards(folder) if not (folder / name).is_file()]
     if missing:

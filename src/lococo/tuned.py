@@ -179,7 +179,6 @@ def apply_tuned(model: "PreTrainedModel", folder: str | os.PathLike[str]) -> Non
                 raise FileFormatError(f"{folder}/{ADAPTER} has {name}, which does not fit the model; tune it again")
             ours[own].copy_(tensor)
     tuner.merge_and_unload()
-    del model.peft_config
     apply_rope(model, record["rope"])
 
 

@@ -21,7 +21,7 @@ RECIPE = {
     "chunk_size": 16,
     "length": 128,
     "steps": 4,
-    "accumulate": 2,
+    "accumulate": 1,
     "heads_learning_rate": 1e-2,
     "lora_learning_rate": 1e-2,
     "norms_learning_rate": 1e-2,
@@ -56,7 +56,7 @@ def tuning(folder, *, model=None, corpus=None, **options):
 
 
 if __name__ == "__main__":
-    one, _ = tuning(Path(sys.argv[1]))
+    one, _ = tuning(Path(sys.argv[1]), accumulate=2, steps=3)
     losses = []
     one.run(lambda row: losses.append(row["loss"]))
     if one.accelerator.is_main_process:

@@ -269,7 +269,7 @@ def test_a_whole_tuning_goes_on_and_leaves_a_folder(tmp_path):
     record = json.loads((tmp_path / "out" / RECORD).read_text())
     assert record["training"]["held_out"] == figures["held_out"]
     assert figures["held_out"]["24"] < figures["held_out_before"]["24"]
-    assert figures["tokens"] == 4 * 2 * 128
+    assert figures["tokens"] == 4 * 128
     assert figures["data"] == ["text"]
 
 

@@ -28,7 +28,9 @@ class TestHelp:
 
     def test_a_group_lists_its_verbs(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["eval"]) == 0
-        assert capsys.readouterr().out.startswith("usage: lococo eval [-h] {perplexity,needle,suite,inside} ...")
+        assert capsys.readouterr().out.startswith(
+            "usage: lococo eval [-h] {perplexity,positions,needle,suite,inside} ..."
+        )
 
     @pytest.mark.parametrize("verb", cli.VERBS)
     def test_every_flag_is_explained(self, verb: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -31,6 +31,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "merge": extending.merge,
     "ablate": training.ablate,
     "eval perplexity": evaluating.eval_perplexity,
+    "eval positions": evaluating.eval_positions,
     "eval needle": evaluating.eval_needle,
     "eval suite": evaluating.eval_suite,
     "eval inside": evaluating.eval_inside,
@@ -56,6 +57,7 @@ METAVARS = {
     "trained_on": "DIR",
     "tasks": "NAME",
     "gpu": "NAME",
+    "models": "NAME",
 }
 NUMBERS = (int, int | None, float, tuple[int, ...])
 

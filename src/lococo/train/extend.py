@@ -61,9 +61,9 @@ def extend(
     apart = corpus.fingerprint != held_out.fingerprint
     if not apart:
         say("too few long documents to keep some apart: what is called held out is what is tuned on")
-    output.mkdir(parents=True, exist_ok=True)
     checkpoint, described = output / CHECKPOINT, base_of(model, base)
     training, tuning = tuning_of(placed(model), corpus, recipe)
+    output.mkdir(parents=True, exist_ok=True)
     apart_lessons = LongLessons(model, tuning.compressor, held_out, recipe)
     if checkpoint.exists():
         training.load(checkpoint)

@@ -30,6 +30,16 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny: str, texts: Path) -> Pa
     return folder
 
 
+@pytest.mark.parametrize("recipe", ["extend-smollm2-135m", "extend-llama-2-7b"])
+def test_the_recipes_can_be_read(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path(__file__).parent.parent / "recipes" / f"{recipe}.yaml"
+    cli.main(["extend", "--config", str(file), "-o", "long", "--print_config"])
+    printed = capsys.readouterr().out
+    for line in file.read_text().splitlines():
+        if line.startswith(("steps", "rope", "compressor", "length")):
+            assert line in printed
+
+
 def test_a_tuned_folder_is_a_model_to_every_command(
     made: Path, book: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,6 +58,7 @@ METAVARS = {
     "tasks": "NAME",
     "gpu": "NAME",
     "models": "NAME",
+    "lora_targets": "NAME",
 }
 NUMBERS = (int, int | None, float, tuple[int, ...])
 

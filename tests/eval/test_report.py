@@ -208,3 +208,17 @@ def test_bad_results_are_named(tmp_path, capsys):
     line = refused(["report", str(good), "-o", str(tmp_path / "out.html"), "--baseline", "h2"], capsys)
     assert "no result is of 'h2'; expected one of full, h2o, lococo; did you mean 'h2o'?" in line
     assert cli.main(["report", str(good), "-o", str(tmp_path / "out.html"), "--baseline", "h2o"]) == 0
+
+
+def test_parts_that_were_not_read_are_empty_cells():
+    row = {"task": "positions", "model": "m", "domain": "books", "low": 1.0, "high": 3.0}
+    rows = [
+        row | {"compressor": name, "length": length, "nll": nll}
+        for name, length, nll in (("full", 100, 2.0), ("h2o", 100, 2.5), ("h2o", 200, 2.25))
+    ]
+    [section] = sections.sections(rows)
+    assert [[cell.text for cell in line] for line in section.sheets[0].lines] == [
+        ["m", "full", "2.000 (1.000 to 3.000)", ""],
+        ["m", "h2o", "2.500 (1.000 to 3.000)", "2.250 (1.000 to 3.000)"],
+    ]
+    section.picture()

@@ -12,8 +12,9 @@ from one_training import Letters
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from lococo.train.data import Corpus, Document
-from lococo.train.extend import tuning_of
+from lococo.train.extend import extend, tuning_of
 from lococo.train.extension import Extension
+from lococo.train.processes import first_process
 
 RECIPE = {
     "compressor": "fresh",
@@ -56,10 +57,18 @@ def tuning(folder, *, model=None, corpus=None, **options):
 
 
 if __name__ == "__main__":
-    one, _ = tuning(Path(sys.argv[1]), accumulate=2, steps=3)
+    source, target = Path(sys.argv[1]), Path(sys.argv[2])
     losses = []
-    one.run(lambda row: losses.append(row["loss"]))
-    if one.accelerator.is_main_process:
-        sums = {name: master.double().abs().sum().item() for name, master in one.trained.masters.items()}
-        figures = {"processes": one.accelerator.num_processes, "losses": losses, "sums": sums}
-        Path(sys.argv[2]).write_text(json.dumps(figures))
+    extend(
+        llama(),
+        Letters(),
+        Extension(**RECIPE | {"accumulate": 2, "steps": 3, "held_out_windows": 1}),
+        target,
+        base=None,
+        data=[str(source)],
+        save_every=2,
+        say=lambda line: None,
+        after_step=lambda row: losses.append(row["loss"]),
+    )
+    if first_process():
+        (target / "losses.json").write_text(json.dumps(losses))

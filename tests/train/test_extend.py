@@ -18,7 +18,7 @@ from lococo.train.extend import extend
 from lococo.train.extension import Extension
 from lococo.train.packing import packed_window
 from lococo.train.run import CHECKPOINT
-from lococo.tuned import RECORD
+from lococo.tuned import ADAPTER, RECORD
 
 
 def weights(training):
@@ -219,21 +219,31 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(tmp_path
 
 
 def test_two_processes_tune_as_one_with_accumulation(tmp_path):
-    corpus_in(tmp_path)
+    corpus_in(tmp_path / "text", WORDS, WORDS[7:])
     script = Path(__file__).with_name("one_extension.py")
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    for processes in (1, 2):
+    ended = []
+    for processes in ("1", "2"):
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, *launch, str(script), str(tmp_path), str(tmp_path / f"{processes}.json")]
+        command = [sys.executable, *launch, str(script), str(tmp_path / "text"), str(tmp_path / processes)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-    one, two = (json.loads((tmp_path / f"{processes}.json").read_text()) for processes in (1, 2))
-    assert (one["processes"], two["processes"]) == (1, 2)
-    assert one["losses"] == pytest.approx(two["losses"], rel=1e-5)
-    # A constant that is added to all weights of a merge changes nothing: that bias is moved by rounding alone.
-    sums = [{n: x for n, x in ended["sums"].items() if not n.endswith("out.bias")} for ended in (one, two)]
-    assert len(sums[0]) > 60
-    assert sums[0] == pytest.approx(sums[1], rel=1e-5)
+        files = {
+            name: safetensors.torch.load_file(tmp_path / processes / name)
+            for name in (ADAPTER, "heads/model.safetensors")
+        }
+        losses = json.loads((tmp_path / processes / "losses.json").read_text())
+        record = json.loads((tmp_path / processes / RECORD).read_text())["training"]
+        ended.append((losses, {f"{file}:{n}": t for file, some in files.items() for n, t in some.items()}, record))
+    (losses, one, record), (others, two, other) = ended
+    assert losses == pytest.approx(others, rel=1e-5)
+    assert record["held_out"] == pytest.approx(other["held_out"], rel=1e-5)
+    assert record["tokens"] == other["tokens"] == 3 * 2 * 128
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        # A constant that is added to all weights of a merge changes nothing: that bias is moved by rounding alone.
+        if not name.endswith("out.bias"):
+            torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-5)
 
 
 def test_a_whole_tuning_goes_on_and_leaves_a_folder(tmp_path):

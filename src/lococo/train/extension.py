@@ -31,7 +31,7 @@ class Extension:
         warm_up: Steps over which the learning rates rise.
         lora_rank: Of LoRA's matrices.
         lora_alpha: LoRA counts alpha / rank.
-        lora_targets: Ends of the names of the layers that get LoRA.
+        lora_targets: Last parts of the names of the layers that get LoRA.
         rope: none, positions packed into the window; linear, as the paper does, or yarn: RoPE is scaled by
             length / window.
         begin: Where in a document a window begins: at random places, or always at its beginning.

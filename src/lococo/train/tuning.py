@@ -1,6 +1,6 @@
 """What of a model is tuned: heads, LoRA, norms, embeddings, and RoPE once for all."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -98,7 +98,11 @@ def starting_compressor(model: PreTrainedModel, recipe: Extension) -> Compressor
         made = new_heads(model, _of_new_heads(recipe, LearnedHeads.kind if name == FRESH else name))
         return compressors.of_heads(made, made.kind)
     slots = dict.fromkeys(slot_layer_indices(model), recipe.num_slots)
-    return compressors.make(name, Shape(slots, facts.head_dim, facts))
+    made_there = compressors.make(name, Shape(slots, facts.head_dim, facts))
+    if name == compressors.FROZEN and isinstance(made_there, LearnedHeads):
+        # What is saved of them must not speak of changes that were left out.
+        made_there.form = replace(made_there.form, norms=())
+    return made_there
 
 
 def _of_new_heads(recipe: Extension, kind: Any) -> Recipe:
@@ -125,7 +129,7 @@ def check_targets(model: PreTrainedModel, targets: tuple[str, ...]) -> None:
     """
     head = model.get_output_embeddings()
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
-    missing = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in linear)]
+    missing = [t for t in targets if not any(name.rpartition(".")[2] == t for name in linear)]
     if missing:
         there = sorted({name.rpartition(".")[2] for name in linear})
         raise ArgumentError(
@@ -138,8 +142,10 @@ def _lora(model: PreTrainedModel, recipe: Extension) -> dict[str, nn.Parameter]:
     """Put LoRA into the model, without any effect yet, and return its parameters, in float32 whatever the model's."""
     import peft
 
+    targets = [module for name, module in model.named_modules() if name.rpartition(".")[2] in recipe.lora_targets]
     config = peft.LoraConfig(
         r=recipe.lora_rank,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in targets),
         lora_alpha=recipe.lora_alpha,
         target_modules=list(recipe.lora_targets),
         lora_dropout=0.0,

@@ -7,6 +7,7 @@ import pytest
 from commands import SLOTS, SMALL, WORDS, refused, save_llama
 
 from lococo import cli
+from lococo.eval.positions import summary
 
 TUNE = ["--num-slots", "24", "--chunk-size", "16", "--length", "64", "--steps", "2", "--held-out-windows", "1"]
 
@@ -78,7 +79,7 @@ def test_models_are_compared_by_place_in_the_text(
     target, picture = tmp_path / "rows.jsonl", tmp_path / "plot.svg"
     assert cli.main([*words, "--json", str(target), "--plot", str(picture)]) == 0
     assert "books: nats per token" in capsys.readouterr().out
-    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    rows = summary([json.loads(line) for line in target.read_text().splitlines()])
     # The full cache ends with the window of 256.
     read = {(row["model"], row["compressor"], row["length"]): row["nll"] for row in rows if row["domain"] == "web"}
     kinds = [("auto", 128), ("auto", 256), ("auto", 512), ("full", 128), ("full", 256)]

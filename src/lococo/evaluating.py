@@ -145,9 +145,10 @@ def eval_positions(
                 progress=progress,
             )
             del loaded, tokenizer  # before the next one is loaded
-    Console().print(*positions_tables(results.rows))
+    made = measuring.summary(results.rows)
+    Console().print(*positions_tables(made))
     if picture is not None:
-        plots.save(plots.positions(results.rows), picture)
+        plots.save(plots.positions(made), picture)
 
 
 def eval_needle(

@@ -211,14 +211,20 @@ def test_bad_results_are_named(tmp_path, capsys):
 
 
 def test_parts_that_were_not_read_are_empty_cells():
-    row = {"task": "positions", "model": "m", "domain": "books", "low": 1.0, "high": 3.0}
-    rows = [
-        row | {"compressor": name, "length": length, "nll": nll}
-        for name, length, nll in (("full", 100, 2.0), ("h2o", 100, 2.5), ("h2o", 200, 2.25))
-    ]
+    same = {
+        "task": "positions",
+        "model": "m",
+        "domain": "books",
+        "num_slots": 8,
+        "chunk_size": 4,
+        "positions": "packed",
+    }
+    first = {"begin": 0, "length": 100, "tokens": 99, "nll": 2.0}
+    second = {"begin": 100, "length": 200, "tokens": 100, "nll": 2.25}
+    rows = [same | {"compressor": "full", "parts": [first]}, same | {"compressor": "h2o", "parts": [first, second]}]
     [section] = sections.sections(rows)
     assert [[cell.text for cell in line] for line in section.sheets[0].lines] == [
-        ["m", "full", "2.000 (1.000 to 3.000)", ""],
-        ["m", "h2o", "2.500 (1.000 to 3.000)", "2.250 (1.000 to 3.000)"],
+        ["m", "full", "2.000 (2.000 to 2.000)", ""],
+        ["m", "h2o", "2.000 (2.000 to 2.000)", "2.250 (2.250 to 2.250)"],
     ]
     section.picture()

@@ -251,12 +251,12 @@ def test_a_whole_tuning_goes_on_and_leaves_a_folder(tmp_path):
     recipe = Extension(**RECIPE)
     said = []
 
-    def run(after_step=lambda row: None):
+    def run(folder, after_step=lambda row: None):
         return extend(
             llama(),
             corpus.tokenizer,
             recipe,
-            tmp_path / "out",
+            folder,
             base="somewhere",
             data=[str(tmp_path / "text")],
             save_every=2,
@@ -269,10 +269,13 @@ def test_a_whole_tuning_goes_on_and_leaves_a_folder(tmp_path):
             raise KilledError
 
     with pytest.raises(KilledError):
-        run(kill)
+        run(tmp_path / "out", kill)
     assert (tmp_path / "out" / CHECKPOINT).exists()
-    figures = run()
+    figures = run(tmp_path / "out")
     assert said == ["going on after step 2 of 4"]
+    run(tmp_path / "unbroken")
+    for name in (ADAPTER, "heads/model.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "unbroken" / name).read_bytes()
     files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     adapter = {"adapter_config.json", "adapter_model.safetensors"}
     assert files == adapter | {"heads/config.json", "heads/model.safetensors", RECORD}

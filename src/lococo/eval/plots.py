@@ -77,7 +77,11 @@ def needle(rows: Sequence[Row]) -> "Figure":
 
 
 def positions(rows: Sequence[Row]) -> "Figure":
-    """Draw one panel per domain: nats per token by place in the text, a line per model and compressor."""
+    """Draw one panel per domain: nats per token by place in the text, a line per model and compressor.
+
+    Args:
+        rows: Of `positions.summary`.
+    """
     models = {row["model"] for row in rows}
 
     def name_of(row: Row) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,11 +21,11 @@ from lococo.documents import encode_stream
 from lococo.errors import ArgumentError, DocumentError
 from lococo.eval.perplexity import interval
 from lococo.models import model_id
-from lococo.progress import Counted, beyond
 from lococo.reader import score
 from lococo.results import Results, Row, key_of
 
-FULL = "full"
+# Rows that are alike in these are of documents that are put together.
+SAME = ("task", "model", "domain", "compressor", "num_slots", "chunk_size", "positions")
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,12 @@ class Document:
 
     Attributes:
         domain: Where it is from.
+        number: Its place among the documents of its domain.
         ids: Its first tokens, as many as the largest length that it has.
     """
 
     domain: str
+    number: int
     ids: list[int]
 
 
@@ -54,7 +57,7 @@ def evaluate(
     results: Results | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Row]:
-    """Score documents from their beginning on, and sum up by place.
+    """Score documents from their beginning on.
 
     Every token but a document's first counts.
 
@@ -72,10 +75,9 @@ def evaluate(
         progress: Called with tokens read and all there are.
 
     Returns:
-        One row per domain, compressor and length: task, model, domain, compressor, num_slots (None for "full"),
-        chunk_size, positions, begin and length (tokens begin to length count), documents, tokens, nll (nats per token)
-        with its 95 % interval low and high (bootstrap over documents), nll_so_far (of all tokens up to length, of the
-        same documents), document_nll; and run, see `results`.
+        One row per document and compressor: task, model, domain, document (its number in the domain), compressor,
+        num_slots (None for "full"), chunk_size, positions, and parts, each with begin and length (tokens begin to
+        length count), tokens, and nll (nats per token); and run, see `results`. `summary` puts documents together.
 
     Raises:
         ArgumentError: If a length or name is out of range.
@@ -92,27 +94,29 @@ def evaluate(
     results, window = Results() if results is None else results, window_of(model)
     total, done = sum(len(document.ids) for document in corpus) * len(attached), 0
     rows: list[Row] = []
-    for domain in dict.fromkeys(document.domain for document in corpus):
-        same = [document.ids for document in corpus if document.domain == domain]
+    for document in corpus:
         for name, attachment in attached.items():
             unread = attachment.compressor is None or positions == "original"
-            most = window if unread and window is not None else max(map(len, same))
-            parts = [end for end in ends if end <= min(most, max(map(len, same)))]
+            most = window if unread and window is not None else len(document.ids)
+            parts = [end for end in ends if end <= min(most, len(document.ids))]
             settings = {
                 "task": "positions",
                 "model": model_id(model),
-                "domain": domain,
+                "domain": document.domain,
+                "document": document.number,
                 "compressor": Path(name).name,  # of a folder of heads
                 "num_slots": None if attachment.compressor is None else num_slots,
                 "chunk_size": chunk_size,
                 "positions": positions,
             }
-            measure = partial(_measured, model, attachment, same, parts, settings, beyond(progress, done, total))
-            key = key_of(settings | {"ends": parts, "of": attachment.fingerprint(), "texts": same})
-            before = len(results.rows)
-            results.together(key, len(parts), measure)
-            rows += results.rows[before:]
-            done += sum(map(len, same))
+            done += len(document.ids)
+            if not parts:
+                continue
+            key = attachment.fingerprint() + key_of({"ends": parts, "ids": document.ids[: parts[-1]]})
+            measure = partial(_measured, model, attachment, document.ids, parts)
+            rows.append(results.measured(settings, measure, of=key))
+            if progress is not None:
+                progress(done, total)
     return rows
 
 
@@ -141,7 +145,7 @@ def documents_of(
             if sum(len(ids) == ends[-1] for ids in beginnings) == max_documents:
                 break
         beginnings.sort(key=len, reverse=True)  # stable: of equal ones the first comes first
-        found += [Document(domain, ids) for ids in beginnings[:max_documents]]
+        found += [Document(domain, number, ids) for number, ids in enumerate(beginnings[:max_documents])]
     if longest < ends[-1]:
         raise DocumentError(
             f"expected a document of at least {ends[-1]} tokens, the longest has {longest}; lower --lengths or name "
@@ -150,42 +154,55 @@ def documents_of(
     return found
 
 
-def _measured(
-    model: PreTrainedModel,
-    attachment: Attachment,
-    documents: list[list[int]],
-    ends: list[int],
-    settings: Row,
-    counted: Counted,
-) -> list[Row]:
-    """Read documents as far as the last end, and return a row per part."""
-    nll, read = [], 0
+def _measured(model: PreTrainedModel, attachment: Attachment, ids: list[int], ends: list[int]) -> Row:
+    """Read a document as far as the last end, and sum up its parts."""
     with attachment:
-        for ids in documents:
-            length = max((end for end in ends if end <= len(ids)), default=0)
-            if length:
-                scores = score(model, torch.tensor([ids[:length]]), attachment.new_cache())
-                nll.append(-scores[0].double())
-            read += len(ids)
-            counted(read)
-    # The first token is not foreseen, so the first part has one less.
-    return [settings | _part(nll, max(0, begin - 1), end - 1) for begin, end in pairwise([0, *ends])]
+        scores = score(model, torch.tensor([ids[: ends[-1]]]), attachment.new_cache())[0].double()
+    parts = []
+    for begin, end in pairwise([0, *ends]):
+        # Score n is of token n + 1, since the first token is not foreseen.
+        own = scores[max(0, begin - 1) : end - 1]
+        parts.append({"begin": begin, "length": end, "tokens": len(own), "nll": -own.mean().item()})
+    return {"parts": parts}
 
 
-def _part(nll: list[torch.Tensor], first: int, stop: int) -> Row:
-    """Sum up the tokens that `first` to `stop` of the scores are of, over the documents that have them all."""
-    there = [document for document in nll if len(document) >= stop]
-    sums = [document[first:stop].sum().item() for document in there]
-    counts = [stop - first] * len(there)
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """Put the documents of each domain together.
+
+    Args:
+        rows: Of `evaluate`.
+
+    Returns:
+        One row per domain, model, compressor, number of slots and part: these, begin, length, documents, tokens, nll
+        with its 95 % interval low and high (bootstrap over documents), and nll_so_far, of all tokens up to length of
+        the same documents.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in SAME), []).append(row)
+    made = []
+    for key, same in groups.items():
+        for length in sorted({part["length"] for row in same for part in row["parts"]}):
+            read = [[part for part in row["parts"] if part["length"] <= length] for row in same]
+            read = [parts for parts in read if parts and parts[-1]["length"] == length]
+            made.append(dict(zip(SAME, key, strict=True)) | _together(read))
+    return made
+
+
+def _together(read: list[list[Row]]) -> Row:
+    """Sum up the last part of each document's, and all of them."""
+    last = [parts[-1] for parts in read]
+    counts = [part["tokens"] for part in last]
+    sums = [part["nll"] * part["tokens"] for part in last]
     low, high = interval(sums, counts)
+    every = [part for parts in read for part in parts]
     return {
-        "begin": first + 1 if first else 0,
-        "length": stop + 1,
-        "documents": len(there),
+        "begin": last[0]["begin"],
+        "length": last[0]["length"],
+        "documents": len(read),
         "tokens": sum(counts),
         "nll": sum(sums) / sum(counts),
         "low": low,
         "high": high,
-        "nll_so_far": sum(document[:stop].mean().item() for document in there) / len(there),
-        "document_nll": [total / count for total, count in zip(sums, counts, strict=True)],
+        "nll_so_far": sum(p["nll"] * p["tokens"] for p in every) / sum(p["tokens"] for p in every),
     }

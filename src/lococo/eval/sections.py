@@ -6,6 +6,7 @@ from typing import Any
 
 from lococo.eval import ablations, metrics, plots
 from lococo.eval import perplexity as nats
+from lococo.eval import positions as places
 from lococo.eval.plots import FULL, how_read
 from lococo.eval.tables import task_name
 from lococo.progress import mib
@@ -105,6 +106,7 @@ def _perplexity(rows: list[Row], baseline: str) -> Section:
 
 
 def _positions(rows: list[Row], baseline: str) -> Section:
+    rows = places.summary(rows)
     ends = sorted({row["length"] for row in rows})
     sheets = []
     for domain in dict.fromkeys(row["domain"] for row in rows):

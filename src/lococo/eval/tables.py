@@ -58,7 +58,11 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
 
 
 def positions_tables(rows: Sequence[Row]) -> list[Table]:
-    """Return one table per domain: nats per token by place in the text, a line per model and compressor."""
+    """Return one table per domain: nats per token by place in the text, a line per model and compressor.
+
+    Args:
+        rows: Of `positions.summary`.
+    """
     made = []
     for domain in dict.fromkeys(row["domain"] for row in rows):
         same = [row for row in rows if row["domain"] == domain]

@@ -75,8 +75,8 @@ def extend(
         checkpoint, apart_lessons, recipe.held_out_windows, save_every=save_every, after_step=after_step
     )
     figures = {
-        "recipe": asdict(recipe),
         # What was tuned travels: where a folder lay is nobody's business.
+        "recipe": asdict(recipe) | {"compressor": Path(recipe.compressor).name},
         "data": [source if source.startswith(PREFIX) else Path(source).resolve().name for source in data],
         "held_out_was_kept_apart": apart,
         **training.notes,

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "train"))
@@ -169,6 +170,16 @@ def test_another_base_model_is_refused_with_both_names(made, tmp_path):
 
 def test_damaged_folders(made, tmp_path):
     tuned = copied(made[0], tmp_path)
+    whole = {name: part.clone() for name, part in safetensors.torch.load_file(tuned / ADAPTER).items()}
+    lora = [name for name in whole if ".lora_" in name]
+    safetensors.torch.save_file({name: whole[name] for name in whole if name != lora[0]}, tuned / ADAPTER)
+    with pytest.raises(FileFormatError, match=r"lacks model.layers.*lora_A.* and 0 others"):
+        lococo.load_model(tuned)
+    safetensors.torch.save_file(
+        whole | {"base_model.model.model.other.weight": whole[lora[0]].clone()}, tuned / ADAPTER
+    )
+    with pytest.raises(FileFormatError, match=r"has base_model.model.model.other.weight, which does not fit"):
+        lococo.load_model(tuned)
     (tuned / ADAPTER).write_bytes(b"no such thing")
     with pytest.raises(FileFormatError, match="no readable adapter"):
         lococo.load_model(tuned)

@@ -170,6 +170,7 @@ def apply_tuned(model: "PreTrainedModel", folder: str | os.PathLike[str]) -> Non
     config.modules_to_save, config.ensure_weight_tying = None, False
     tuner = LoraModel(model, config, "default")
     ours = dict(model.named_parameters(remove_duplicate=False))
+    missing = {name for name in ours if ".lora_" in name}
     with torch.no_grad():
         for name, tensor in state.items():
             own = name.removeprefix(PREFIX)
@@ -178,6 +179,9 @@ def apply_tuned(model: "PreTrainedModel", folder: str | os.PathLike[str]) -> Non
             if own not in ours or ours[own].shape != tensor.shape:
                 raise FileFormatError(f"{folder}/{ADAPTER} has {name}, which does not fit the model; tune it again")
             ours[own].copy_(tensor)
+            missing.discard(own)
+    if missing:
+        raise FileFormatError(f"{folder}/{ADAPTER} lacks {min(missing)} and {len(missing) - 1} others; tune it again")
     tuner.merge_and_unload()
     apply_rope(model, record["rope"])
 

@@ -85,7 +85,8 @@ def train(
         say("too few long documents to keep some apart: what is called held out is what is trained on")
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = output / CHECKPOINT
-    if checkpoint.exists():
+    resumed = checkpoint.exists()
+    if resumed:
         heads = heads_in(checkpoint)
         training = head_training(model, heads, corpus, recipe)
         training.load(checkpoint)
@@ -98,7 +99,7 @@ def train(
         heads = new_heads(model, recipe, budgets)
         training = head_training(model, heads, corpus, recipe)
     lessons = HeadLessons(model, of_heads(heads, heads.kind), held_out, recipe)
-    if not checkpoint.exists():
+    if not resumed:
         training.notes["held_out_before"] = training.evaluate(lessons, HELD_OUT_WINDOWS)
         training.save(checkpoint)
     training.run_saving(checkpoint, lessons, HELD_OUT_BETWEEN, save_every=save_every, after_step=after_step)

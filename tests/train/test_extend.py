@@ -132,6 +132,18 @@ def test_memory_does_not_grow_with_the_length(tmp_path):
     assert saved_bytes(tmp_path, length=256, compressions=2) < 2.5 * peaks[0]
 
 
+def test_the_gradient_is_cut_after_as_many_chunks_as_the_recipe_says(tmp_path):
+    after = {}
+    for compressions in (0, 9, 8, 1):
+        training, _ = tuning(tmp_path, compressions=compressions, steps=1)
+        training.run(lambda row: None)
+        after[compressions] = weights(training)
+    # 128 tokens are read in nine chunks: a gradient that reaches nine back is the whole one.
+    same = {n for n in (9, 8, 1) if all(torch.equal(after[n][name], tensor) for name, tensor in after[0].items())}
+    assert same == {9}
+    assert any(not torch.equal(after[8][name], tensor) for name, tensor in after[1].items())
+
+
 def test_the_full_cache_has_the_exact_gradient(tmp_path):
     training, _ = tuning(tmp_path, compressor="full", steps=1, accumulate=1)
     model = training.lessons.model

@@ -18,7 +18,7 @@ class TestHelp:
     def test_the_first_page_lists_every_verb(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["--help"]) == 0
         page = capsys.readouterr().out
-        verbs = "demo,run,compress,ask,chat,inspect,train,ablate,eval,report,bench,plan,convert"
+        verbs = "demo,run,compress,ask,chat,inspect,train,extend,merge,ablate,eval,report,bench,plan,convert"
         assert page.startswith(f"usage: lococo [-h] [--version] {{{verbs}}} ...")
         assert "  eval perplexity   Measure what compression costs" in page
 
@@ -28,7 +28,9 @@ class TestHelp:
 
     def test_a_group_lists_its_verbs(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["eval"]) == 0
-        assert capsys.readouterr().out.startswith("usage: lococo eval [-h] {perplexity,needle,suite,inside} ...")
+        assert capsys.readouterr().out.startswith(
+            "usage: lococo eval [-h] {perplexity,positions,needle,suite,inside} ..."
+        )
 
     @pytest.mark.parametrize("verb", cli.VERBS)
     def test_every_flag_is_explained(self, verb: str, capsys: pytest.CaptureFixture[str]) -> None:

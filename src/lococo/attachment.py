@@ -23,6 +23,7 @@ from lococo.norms import norms_of
 from lococo.probe import Probe, probed
 from lococo.rope import Rotary
 from lococo.steps import Steps, linear_step
+from lococo.tuned import TUNED_FOR
 
 
 class Attachment:
@@ -39,7 +40,8 @@ class Attachment:
         compiled: bool,
     ) -> None:
         self.model = model
-        self.decoder = decoder_of(model)
+        # Of a model that sees images, the language model within it.
+        self.decoder = cast(PreTrainedModel, model.get_decoder())
         self.chunk_size = chunk_size
         self.positions = positions
         self.compiled = compiled
@@ -178,7 +180,7 @@ def attach(
     Args:
         model: A decoder of transformers with attention.
         compressor: A name of `lococo.COMPRESSORS`, a pair "selection+merge", a folder of heads, or a Compressor. "auto"
-            takes the heads that come with lococo for this model, and "mass-merge" for all others.
+            takes what the model was tuned with, or the heads that come with lococo for it, or else "mass-merge".
         num_slots: Entries that survive a compression, per layer and key/value head.
         chunk_size: Tokens per forward pass; the cache holds num_slots + chunk_size entries.
         positions: "packed" reads texts of any length; "original" refuses those longer than the model's window and is
@@ -220,7 +222,7 @@ def attach(
             f"got {list(slots_per_layer)}"
         )
     if compressor == "auto":
-        compressor = compressors.default(ModelFacts.of(model))
+        compressor = getattr(model, TUNED_FOR, None) or compressors.default(ModelFacts.of(model))
     attachment = Attachment(model, compressor, num_slots, slots_per_layer, chunk_size, positions, compiled)
     window, most = window_of(model), max(attachment.slots_per_layer)
     if attachment.compressor is not None and window is not None and most + chunk_size > window:
@@ -229,11 +231,6 @@ def attach(
             "lower num_slots or chunk_size"
         )
     return attachment
-
-
-def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    """Return the part of a model that reads tokens: its base, or the language model within one that sees images."""
-    return cast(PreTrainedModel, model.get_decoder())
 
 
 def window_of(model: PreTrainedModel) -> int | None:

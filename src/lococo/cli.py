@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lococo import converting, evaluating, planning, training, verbs
+from lococo import converting, evaluating, extending, planning, training, verbs
 from lococo.errors import ArgumentError, LococoError
 
 if TYPE_CHECKING:
@@ -27,8 +27,11 @@ VERBS: dict[str, Callable[..., None]] = {
     "chat": verbs.chat,
     "inspect": verbs.inspect,
     "train": training.train,
+    "extend": extending.extend,
+    "merge": extending.merge,
     "ablate": training.ablate,
     "eval perplexity": evaluating.eval_perplexity,
+    "eval positions": evaluating.eval_positions,
     "eval needle": evaluating.eval_needle,
     "eval suite": evaluating.eval_suite,
     "eval inside": evaluating.eval_inside,
@@ -54,6 +57,8 @@ METAVARS = {
     "trained_on": "DIR",
     "tasks": "NAME",
     "gpu": "NAME",
+    "models": "NAME",
+    "lora_targets": "NAME",
 }
 NUMBERS = (int, int | None, float, tuple[int, ...])
 

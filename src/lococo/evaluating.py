@@ -5,6 +5,7 @@ Nothing here imports torch before a verb runs. Every verb checks its files first
 
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +17,7 @@ from lococo.results import results_file
 from lococo.train.recipe import TRAINING_DOCUMENTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 # Documents of a data set of the hub that an evaluation takes.
 HELD_OUT_DOCUMENTS = 100
@@ -55,20 +56,17 @@ def eval_perplexity(
     check_at_least_one(num_slots=min(num_slots, default=0), chunk_size=chunk_size, max_length=max_length)
     if max_windows is not None:
         check_at_least_one(max_windows=max_windows)
-    hub = [source for source in data if source.startswith("hf:")]
-    if len(data) > 1 and len(hub) < len(data):
-        raise ArgumentError(f"--data {' '.join(data)}: expected one folder, or data sets of the hub")
-    target = output_file(json) if hub else output_of_texts(data[0], json)
+    target, texts = _texts_of(data, json)
     from lococo.eval import perplexity
     from lococo.progress import counting
 
-    texts = {source: _held_out(source) for source in hub} if hub else Path(data[0]).expanduser()
+    files = texts()
     loaded, tokenizer = model.load()
     with results_file(target) as results, counting("windows") as progress:
         rows = perplexity.evaluate(
             loaded,
             tokenizer,
-            data=texts,
+            data=files,
             compressors=compressor,
             num_slots=num_slots,
             chunk_size=chunk_size,
@@ -84,6 +82,73 @@ def eval_perplexity(
     from lococo.eval.tables import tables
 
     Console().print(*tables(rows))
+
+
+def eval_positions(
+    *,
+    data: list[str],
+    compressor: list[str],
+    lengths: list[int],
+    num_slots: int = 512,
+    chunk_size: int = 256,
+    max_documents: int = 4,
+    models: tuple[str, ...] = (),
+    json: str,
+    plot: str | None = None,
+    positions: Literal["packed", "original"] = "packed",
+    model: ModelOptions,
+) -> None:
+    """Measure predictions by place in the text, far beyond the window, without the full cache to compare with.
+
+    Args:
+        data: One subfolder per domain, of .txt or .jsonl files with a `text` field; or data sets of the hub such as
+            hf:owner/name or hf:owner/name:subset, of which the documents are taken that follow the 10,000 of a training
+            with seed 0.
+        compressor: Names to compare, one or more; full reads no further than the window.
+        lengths: Where parts of a text end, in tokens, one number or more; each part is measured by itself.
+        num_slots: Entries that survive a compression, mean over the layers.
+        chunk_size: Tokens per forward pass.
+        max_documents: Documents per domain, the first of those that are as long as the largest length.
+        models: More models to read the same documents, one after the other.
+        json: File for the results, one JSON object per line; replaced once all are there; run again, an
+            interrupted measurement goes on.
+        plot: Picture to draw of them, such as positions.svg.
+        positions: packed reads texts of any length; original no further than the model's window.
+        model: Which model reads.
+    """
+    check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, max_documents=max_documents, lengths=min(lengths))
+    target, texts = _texts_of(data, json)
+    picture = None if plot is None else output_file(plot)
+    if picture is not None:
+        check_extra("eval", "matplotlib")
+    from rich.console import Console
+
+    from lococo.eval import plots
+    from lococo.eval import positions as measuring
+    from lococo.eval.tables import positions_tables
+    from lococo.progress import counting
+
+    with results_file(target) as results, counting("tokens") as progress:
+        for using in (model, *(replace(model, model=name) for name in models)):
+            loaded, tokenizer = using.load()
+            measuring.evaluate(
+                loaded,
+                tokenizer,
+                data=texts(),
+                compressors=compressor,
+                num_slots=num_slots,
+                chunk_size=chunk_size,
+                lengths=lengths,
+                max_documents=max_documents,
+                positions=positions,
+                results=results,
+                progress=progress,
+            )
+            del loaded, tokenizer  # before the next one is loaded
+    made = measuring.summary(results.rows)
+    Console().print(*positions_tables(made))
+    if picture is not None:
+        plots.save(plots.positions(made), picture)
 
 
 def eval_needle(
@@ -355,6 +420,15 @@ def _is_there(compressor: str) -> bool:
     if absent:
         print(f"{compressor} is left out: {absent}", file=sys.stderr)
     return not absent
+
+
+def _texts_of(data: list[str], json: str) -> "tuple[Path, Callable[[], Path | dict[str, list[Path]]]]":
+    """Return the file for results, and what fetches the texts: a folder, or files by data set of the hub."""
+    hub = [source for source in data if source.startswith("hf:")]
+    if len(data) > 1 and len(hub) < len(data):
+        raise ArgumentError(f"--data {' '.join(data)}: expected one folder, or data sets of the hub")
+    target = output_file(json) if hub else output_of_texts(data[0], json)
+    return target, lambda: {source: _held_out(source) for source in hub} if hub else Path(data[0]).expanduser()
 
 
 def _held_out(source: str) -> "list[Path]":

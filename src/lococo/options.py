@@ -41,9 +41,10 @@ class SlotOptions:
     """What the text is read into.
 
     Attributes:
-        compressor: How entries become slots: auto (lococo where heads come with it for the model, else mass-merge),
-            full, streaming-llm, h2o, tova, snapkv, chunk-mass, look-ahead, mass-merge, lococo-paper, lococo,
-            lococo-frozen (which leaves the model's norms alone), a pair such as h2o+mass-merge, or a folder of heads.
+        compressor: How entries become slots: auto (what the model was tuned with, or lococo where heads come with it
+            for the model, else mass-merge), full, streaming-llm, h2o, tova, snapkv, chunk-mass, look-ahead, mass-merge,
+            lococo-paper, lococo, lococo-frozen (which leaves the model's norms alone), a pair such as h2o+mass-merge,
+            or a folder of heads.
         num_slots: Entries that survive a compression, per layer and key/value head.
         chunk_size: Tokens per forward pass.
         positions: packed reads texts of any length; original refuses those longer than the model's window.

@@ -4,15 +4,14 @@ Nothing here imports torch before a verb runs. Every verb checks its files first
 """
 
 import json as jsonlib
-import os
 import sys
 from functools import partial
 from pathlib import Path
 
-from lococo.errors import ArgumentError
-from lococo.files import check_exists, output_file, output_of_texts
+from lococo.files import check_exists, output_file, output_of_texts, training_folder
 from lococo.options import ModelOptions, check_at_least_one, check_extra
 from lococo.results import results_file
+from lococo.train.processes import first_process
 from lococo.train.recipe import TRAINING_DOCUMENTS, Recipe
 from lococo.verbs import human
 
@@ -42,21 +41,14 @@ def train(
         model: Which model they are for.
     """
     check_at_least_one(save_every=save_every, documents=documents)
-    for source in data:
-        if not source.startswith("hf:") and not Path(source).expanduser().is_dir():
-            raise ArgumentError(f"--data {source}: no such folder; expected one with text files, or hf:owner/name")
-    target = Path(output).expanduser()
-    if target.exists() and not target.is_dir():
-        raise ArgumentError(f"--output {output} is a file; name a folder")
-    if (target / "config.json").exists():
-        raise ArgumentError(f"--output {output} holds heads already; name another folder, or delete them")
+    target = training_folder(output, data, file="config.json", what="heads")
     check_extra("train", "accelerate", *(["datasets"] if any(s.startswith("hf:") for s in data) else []))
     from lococo.train.progress import final_table, steps
     from lococo.train.run import train as run_training
 
     loaded, tokenizer = model.load()
-    folder = Path(logs).expanduser() if logs is not None and _first_process() else None
-    with steps(recipe.steps, folder, quiet=not _first_process()) as (say, after_step):
+    folder = Path(logs).expanduser() if logs is not None and first_process() else None
+    with steps(recipe.steps, folder, quiet=not first_process()) as (say, after_step):
         figures = run_training(
             loaded,
             tokenizer,
@@ -68,7 +60,7 @@ def train(
             say=say,
             after_step=after_step,
         )
-    if not _first_process():
+    if not first_process():
         return
     from rich.console import Console
 
@@ -116,8 +108,3 @@ def ablate(table: str, *, data: str, output: str, json: str, plot: str | None = 
     Console().print(ablation_table(made))
     if picture is not None:
         plots.save(plots.ablations(made), picture)
-
-
-def _first_process() -> bool:
-    """Tell whether this process speaks for all that `torchrun` or `accelerate launch` have started."""
-    return os.environ.get("RANK", "0") == "0"

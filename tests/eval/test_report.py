@@ -208,3 +208,23 @@ def test_bad_results_are_named(tmp_path, capsys):
     line = refused(["report", str(good), "-o", str(tmp_path / "out.html"), "--baseline", "h2"], capsys)
     assert "no result is of 'h2'; expected one of full, h2o, lococo; did you mean 'h2o'?" in line
     assert cli.main(["report", str(good), "-o", str(tmp_path / "out.html"), "--baseline", "h2o"]) == 0
+
+
+def test_parts_that_were_not_read_are_empty_cells():
+    same = {
+        "task": "positions",
+        "model": "m",
+        "domain": "books",
+        "num_slots": 8,
+        "chunk_size": 4,
+        "positions": "packed",
+    }
+    first = {"begin": 0, "length": 100, "tokens": 99, "nll": 2.0}
+    second = {"begin": 100, "length": 200, "tokens": 100, "nll": 2.25}
+    rows = [same | {"compressor": "full", "parts": [first]}, same | {"compressor": "h2o", "parts": [first, second]}]
+    [section] = sections.sections(rows)
+    assert [[cell.text for cell in line] for line in section.sheets[0].lines] == [
+        ["m", "full", "2.000 (2.000 to 2.000)", ""],
+        ["m", "h2o", "2.000 (2.000 to 2.000)", "2.250 (2.250 to 2.250)"],
+    ]
+    section.picture()

@@ -11,8 +11,9 @@ from families import SMALL, VOCABULARY
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from lococo.train.data import Corpus, Document
-from lococo.train.loop import Training, new_heads
+from lococo.train.loop import head_training
 from lococo.train.recipe import Recipe
+from lococo.train.trained import new_heads
 
 RECIPE = {
     "num_slots": (24, 40),
@@ -42,7 +43,7 @@ def training(folder, *, resumed=None, model=None, **options):
     model = model or LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
     recipe = Recipe(**RECIPE | options)
     corpus = Corpus({"": [Document(file, 0, len(CORPUS))]}, Letters())
-    return Training(model, resumed or new_heads(model, recipe), corpus, recipe)
+    return head_training(model, resumed or new_heads(model, recipe), corpus, recipe)
 
 
 if __name__ == "__main__":
@@ -50,6 +51,6 @@ if __name__ == "__main__":
     losses = []
     one.run(lambda row: losses.append(row["loss"]))
     if one.accelerator.is_main_process:
-        total = sum(parameter.double().abs().sum().item() for parameter in one.heads.parameters())
+        total = sum(parameter.double().abs().sum().item() for parameter in one.trained.heads.parameters())
         figures = {"processes": one.accelerator.num_processes, "losses": losses, "sum": total}
         Path(sys.argv[2]).write_text(json.dumps(figures))

@@ -16,24 +16,24 @@ import lococo
 from lococo.compressors.heads import load_heads
 from lococo.errors import ArgumentError, DocumentError, FileFormatError, TrainingError
 from lococo.facts import weights_fingerprint
-from lococo.train.loop import heads_in
 from lococo.train.recipe import Recipe
 from lococo.train.run import CHECKPOINT, train
+from lococo.train.trained import heads_in
 
 
 def weights(trained):
-    return {name: tensor.clone() for name, tensor in trained.heads.state_dict().items()}
+    return {name: tensor.clone() for name, tensor in trained.trained.heads.state_dict().items()}
 
 
 def test_training_lowers_the_loss_and_leaves_the_model_alone(tmp_path):
     trained = training(tmp_path, steps=12)
-    before = {name: tensor.clone() for name, tensor in trained.model.state_dict().items()}
-    losses = trained.evaluate(trained.corpus, 4)
+    before = {name: tensor.clone() for name, tensor in trained.lessons.model.state_dict().items()}
+    losses = trained.evaluate(trained.lessons, 4)
     trained.run(lambda row: None)
-    better = trained.evaluate(trained.corpus, 4)
+    better = trained.evaluate(trained.lessons, 4)
     for num_slots in ("24", "40"):
         assert better[num_slots] < losses[num_slots]
-    assert all(torch.equal(tensor, before[name]) for name, tensor in trained.model.state_dict().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trained.lessons.model.state_dict().items())
 
 
 @pytest.mark.parametrize("stopped_after", [1, 4])
@@ -69,7 +69,7 @@ def test_a_step_that_is_not_finite_keeps_the_heads(tmp_path):
     good = weights(trained)
     trained.step = 2
     with torch.no_grad():
-        trained.model.lm_head.weight[0, 0] = torch.nan
+        trained.lessons.model.lm_head.weight[0, 0] = torch.nan
     with pytest.raises(TrainingError, match="the loss of step 3 is not finite"):
         trained.run(lambda row: None)
     after = weights(trained)
@@ -83,17 +83,17 @@ def test_every_objective_reaches_every_part(tmp_path, objective, compressions):
     before = weights(trained)
     trained.run(lambda row: None)
     moved = {name.split(".")[0] for name, tensor in weights(trained).items() if not torch.equal(tensor, before[name])}
-    assert all(loss > 0 for loss in trained.evaluate(trained.corpus, 1).values())
+    assert all(loss > 0 for loss in trained.evaluate(trained.lessons, 1).values())
     assert moved == {"mergers", "norms"}  # scores are fitted apart
 
 
 def test_attention_matching_lowers_its_error_and_leaves_norms_alone(tmp_path):
     trained = training(tmp_path, steps=12, objective="attention", learning_rate=1e-2)
-    losses = trained.evaluate(trained.corpus, 4)
+    losses = trained.evaluate(trained.lessons, 4)
     trained.run(lambda row: None)
-    better = trained.evaluate(trained.corpus, 4)
+    better = trained.evaluate(trained.lessons, 4)
     assert all(better[num_slots] < losses[num_slots] for num_slots in ("24", "40"))
-    assert not trained.heads.norms.delta.any()
+    assert not trained.trained.heads.norms.delta.any()
 
 
 PAPER = {"heads": "lococo-paper", "objective": "next-token", "num_slots": (24,), "compressions": 1, "warm_up": 0}
@@ -109,17 +109,20 @@ def test_the_papers_heads_train_in_the_same_loop(tmp_path, mix):
     after = weights(trained)
     assert all(after[f"mix.{layer}"] != before[f"mix.{layer}"] for layer in range(4))
     again = heads_in(tmp_path / "checkpoint.safetensors")
-    assert again.settings == trained.heads.settings
+    assert again.settings == trained.trained.heads.settings
 
 
 def test_the_papers_heads_start_as_eviction(tmp_path):
     trained = training(tmp_path, steps=1, **PAPER)
-    with lococo.attach(trained.model, "chunk-mass", num_slots=24, chunk_size=16) as slots:
-        ids = trained._ids(trained.corpus, 0, 0, 24)
+    with lococo.attach(trained.lessons.model, "chunk-mass", num_slots=24, chunk_size=16) as slots:
+        ids = trained.lessons.ids(0, 0, 24)
         with torch.no_grad():
-            evicted = trained.model(ids, past_key_values=slots.new_cache()).logits
-    with lococo.attach(trained.model, trained.compressor, num_slots=24, chunk_size=16) as slots, torch.no_grad():
-        assert torch.equal(trained.model(ids, past_key_values=slots.new_cache()).logits, evicted)
+            evicted = trained.lessons.model(ids, past_key_values=slots.new_cache()).logits
+    with (
+        lococo.attach(trained.lessons.model, trained.lessons.compressor, num_slots=24, chunk_size=16) as slots,
+        torch.no_grad(),
+    ):
+        assert torch.equal(trained.lessons.model(ids, past_key_values=slots.new_cache()).logits, evicted)
 
 
 # Gemma's layers with slots lose so little here (0.009) that with a cut gradient what 40 slots learn outweighs 24.
@@ -134,9 +137,9 @@ def test_the_papers_heads_start_as_eviction(tmp_path):
 )
 def test_another_architecture_trains_by_the_same_recipe(tmp_path, family, options):
     trained = training(tmp_path, steps=6, model=deepcopy(tiny(family)), **options)
-    before = trained.evaluate(trained.corpus, 4)
+    before = trained.evaluate(trained.lessons, 4)
     trained.run(lambda row: None)
-    after = trained.evaluate(trained.corpus, 4)
+    after = trained.evaluate(trained.lessons, 4)
     assert all(after[num_slots] < before[num_slots] for num_slots in before)
 
 
@@ -186,8 +189,8 @@ def test_a_whole_training_gives_heads_that_load(tmp_path):
 
     with pytest.raises(KilledError):
         train(
-            trained.model,
-            trained.corpus.tokenizer,
+            trained.lessons.model,
+            trained.lessons.corpus.tokenizer,
             recipe,
             tmp_path / "heads",
             save_every=2,
@@ -195,7 +198,9 @@ def test_a_whole_training_gives_heads_that_load(tmp_path):
             **arguments,
         )
     assert (tmp_path / "heads" / CHECKPOINT).exists()
-    figures = train(trained.model, trained.corpus.tokenizer, recipe, tmp_path / "heads", save_every=2, **arguments)
+    figures = train(
+        trained.lessons.model, trained.lessons.corpus.tokenizer, recipe, tmp_path / "heads", save_every=2, **arguments
+    )
     assert said[:2] == ["measuring the layers' shares of 24 slots", "going on after step 2 of 4"]
     assert said[2] == "reading 4 windows to fit scores to"
     assert "looked ahead and asked for, held out: " in said[3]
@@ -258,7 +263,7 @@ def test_windows_beyond_the_models_own_are_refused(tmp_path):
     trained = training(tmp_path, steps=1)
     recipe = Recipe(**RECIPE | {"length": 1025})
     with pytest.raises(ArgumentError, match="leave the model's own of 1024"):
-        train(trained.model, trained.corpus.tokenizer, recipe, tmp_path / "out", data=[str(tmp_path)])
+        train(trained.lessons.model, trained.lessons.corpus.tokenizer, recipe, tmp_path / "out", data=[str(tmp_path)])
 
 
 def test_one_document_is_trained_on_and_measured_on_and_says_so(tmp_path):
@@ -269,8 +274,8 @@ def test_one_document_is_trained_on_and_measured_on_and_says_so(tmp_path):
     (tmp_path / "text" / "note.txt").write_text("short")
     recipe = Recipe(**RECIPE | {"steps": 1, "learned_scores": False})
     figures = train(
-        trained.model,
-        trained.corpus.tokenizer,
+        trained.lessons.model,
+        trained.lessons.corpus.tokenizer,
         recipe,
         tmp_path / "out",
         data=[str(tmp_path / "text")],
@@ -281,7 +286,7 @@ def test_one_document_is_trained_on_and_measured_on_and_says_so(tmp_path):
 
 
 def test_a_corpus_without_windows(tmp_path):
-    tokenizer = training(tmp_path, steps=1).corpus.tokenizer
+    tokenizer = training(tmp_path, steps=1).lessons.corpus.tokenizer
     (tmp_path / "short").mkdir()
     (tmp_path / "short" / "a.txt").write_text("few words")
     with pytest.raises(DocumentError, match="hardly any"):

@@ -13,7 +13,7 @@ def read_window(model, heads, ids, **options):
         teacher = teach(slots, model, ids, compared)
         cache = slots.new_cache()
         divergence = sum(loss for loss, _ in divergences(model, ids, cache, teacher))
-        nll = sum(loss for loss, _ in next_token_losses(model, ids, slots.new_cache(), compared))
+        nll = sum(loss for loss, _ in next_token_losses(model, ids, slots.new_cache(), compared, chunk_size=16))
     return teacher, divergence, nll
 
 

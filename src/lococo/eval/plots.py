@@ -76,6 +76,34 @@ def needle(rows: Sequence[Row]) -> "Figure":
     return _panels(list(dict.fromkeys(row["num_slots"] for row in rows)), draw, name="{} slots")
 
 
+def positions(rows: Sequence[Row]) -> "Figure":
+    """Draw one panel per domain: nats per token by place in the text, a line per model and compressor.
+
+    Args:
+        rows: Of `positions.summary`.
+    """
+    models = {row["model"] for row in rows}
+
+    def name_of(row: Row) -> str:
+        return row["compressor"] if len(models) == 1 else f"{row['model']}, {row['compressor']}"
+
+    def draw(panel: "Axes", domain: Any) -> None:
+        same = [row for row in rows if row["domain"] == domain]
+        for number, name in enumerate(dict.fromkeys(map(name_of, same))):
+            drawn = sorted((row for row in same if name_of(row) == name), key=lambda row: row["length"])
+            style = {"color": INK, "fmt": "o--"} if name == FULL else {"fmt": "o-"}
+            places = [row["length"] * 1.02**number for row in drawn]  # intervals beside each other
+            _points(panel, places, drawn, "nll", ("low", "high"), label=name, **style)
+        ends = sorted({row["length"] for row in same})
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ends, [f"{end:,}" for end in ends], rotation=25, ha="right")
+        panel.minorticks_off()
+        panel.set_xlabel("tokens up to here, from the mark before")
+        panel.set_ylabel("nats per token")
+
+    return _panels(list(dict.fromkeys(row["domain"] for row in rows)), draw)
+
+
 def suite(rows: Sequence[Row], name_of: Callable[[Row], str]) -> "Figure":
     """Draw one panel per task: the score by number of slots, a line per compressor, the full cache's as reference."""
 

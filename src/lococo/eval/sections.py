@@ -6,6 +6,7 @@ from typing import Any
 
 from lococo.eval import ablations, metrics, plots
 from lococo.eval import perplexity as nats
+from lococo.eval import positions as places
 from lococo.eval.plots import FULL, how_read
 from lococo.eval.tables import task_name
 from lococo.progress import mib
@@ -59,6 +60,7 @@ def sections(rows: Sequence[Row], baseline: str = FULL) -> Iterator[Section]:
     """
     kinds: dict[str, tuple[Callable[[Row], bool], Callable[[list[Row], str], Section]]] = {
         "perplexity": (lambda row: row.get("task") == "perplexity" and "subject" not in row, _perplexity),
+        "positions": (lambda row: row.get("task") == "positions", _positions),
         "needle": (lambda row: row.get("task") == "needle", _needle),
         "suite": (
             lambda row: {"task", "shots"} <= row.keys() and bool(row.keys() & {"scores", "skipped", "trained_on"}),
@@ -101,6 +103,26 @@ def _perplexity(rows: list[Row], baseline: str) -> Section:
         "some of which may be of one document."
     )
     return Section("What is lost", words, lambda: plots.perplexity(rows), sheets)
+
+
+def _positions(rows: list[Row], baseline: str) -> Section:
+    rows = places.summary(rows)
+    ends = sorted({row["length"] for row in rows})
+    sheets = []
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        cells = {(r["model"], r["compressor"], r["length"]): r for r in rows if r["domain"] == domain}
+        lines = []
+        for model, name in dict.fromkeys((model, name) for model, name, _ in cells):
+            found = [cells.get((model, name, end)) for end in ends]
+            lines.append([*_words(model, name), *(Cell("", "") if r is None else _with_ends(r, "nll") for r in found)])
+        headings = ["model", "compressor", *(f"up to {end:,}" for end in ends)]
+        sheets.append(Sheet(f"{domain}: nats per token by place in the text", headings, lines))
+    words = (
+        "Nats per token of each part of long documents, read from their beginning on: from the length before to the "
+        "one at the column's head. The full cache reads no further than the window; 95 % intervals, bootstrap over "
+        "documents."
+    )
+    return Section("What is foreseen far beyond the window", words, lambda: plots.positions(rows), sheets)
 
 
 def _needle(rows: list[Row], baseline: str) -> Section:

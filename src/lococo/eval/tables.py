@@ -57,6 +57,27 @@ def accuracy_table(rows: Sequence[Row]) -> Table:
     return made
 
 
+def positions_tables(rows: Sequence[Row]) -> list[Table]:
+    """Return one table per domain: nats per token by place in the text, a line per model and compressor.
+
+    Args:
+        rows: Of `positions.summary`.
+    """
+    made = []
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        same = [row for row in rows if row["domain"] == domain]
+        ends = sorted({row["length"] for row in same})
+        cells = {(row["model"], row["compressor"], row["length"]): row for row in same}
+        table = Table("model", "compressor", title=f"{domain}: nats per token up to so many tokens, from those before")
+        for end in ends:
+            table.add_column(f"{end:,}", justify="right")
+        for model, name in dict.fromkeys((row["model"], row["compressor"]) for row in same):
+            found = [cells.get((model, name, end)) for end in ends]
+            table.add_row(model, name, *("" if row is None else f"{row['nll']:.4f}" for row in found))
+        made.append(table)
+    return made
+
+
 def ablation_table(rows: Sequence[Row]) -> Table:
     """Return the mean gap of every row of a table of ablations, a column per number of slots.
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lococo.attachment import Attachment
 from lococo.cache import SlotCache
@@ -132,28 +132,31 @@ def divergences(
     Yields:
         The divergence KL(full | slots) summed over the chunk's compared tokens and the batch, in nats, and how many.
     """
-    for inside, log_probabilities in _read(model, ids, cache, teacher.compared):
+    for inside, log_probabilities in _read(model, ids, cache, teacher.compared, cache.chunk_size):
         theirs = teacher.log_probabilities[:, inside]
         yield (theirs.exp() * (theirs - log_probabilities)).sum(), theirs.shape[0] * len(inside)
 
 
 def next_token_losses(
-    model: PreTrainedModel, ids: Tensor, cache: SlotCache, compared: Tensor
+    model: PreTrainedModel, ids: Tensor, cache: Cache, compared: Tensor, *, chunk_size: int
 ) -> Iterator[tuple[Tensor, int]]:
-    """Read a window in slots, and yield after each chunk how ill it foresaw the text, as `divergences` does.
+    """Read a window, and yield after each chunk how ill it foresaw the text, as `divergences` does.
 
-    The tokens after `compared` are foreseen, those at chunk boundaries included.
+    The tokens after `compared` are foreseen, those at chunk boundaries included. A cache that keeps everything is read
+    into as well, in chunks of `chunk_size`.
     """
-    for inside, log_probabilities in _read(model, ids, cache, compared):
+    for inside, log_probabilities in _read(model, ids, cache, compared, chunk_size):
         targets = ids[:, compared[inside] + 1]
         yield -log_probabilities.gather(2, targets[..., None]).sum(), targets.numel()
 
 
-def _read(model: PreTrainedModel, ids: Tensor, cache: SlotCache, compared: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Read a window in slots; yield per chunk which of the compared tokens it holds, and their predictions (b k v)."""
+def _read(
+    model: PreTrainedModel, ids: Tensor, cache: Cache, compared: Tensor, chunk_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Read a window; yield per chunk which of the compared tokens it holds, and their predictions (b k v)."""
     start = 0
     while start < ids.shape[1]:
-        stop = min(start + cache.room(), ids.shape[1])
+        stop = min(start + (cache.room() if isinstance(cache, SlotCache) else chunk_size), ids.shape[1])
         inside = ((compared >= start) & (compared < stop)).nonzero()[:, 0]
         # Before the first compression there is nothing to learn from.
         with torch.set_grad_enabled(len(inside) > 0 and torch.is_grad_enabled()):

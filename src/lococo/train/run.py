@@ -1,6 +1,5 @@
 """One training from beginning to end: corpus, budgets, steps, checkpoints, and the heads that come of it."""
 
-import math
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,16 +10,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lococo.attachment import window_of
 from lococo.budgets import calibration_weights
+from lococo.compressors import of_heads
 from lococo.compressors.heads import save_heads
 from lococo.compressors.learned import LearnedHeads
-from lococo.errors import ArgumentError, DocumentError, TrainingError
+from lococo.errors import ArgumentError, DocumentError
 from lococo.facts import ModelFacts
 from lococo.train.data import Corpus, Document, corpus_of, split
 from lococo.train.hub import PREFIX
-from lococo.train.loop import Training, heads_in, new_heads
+from lococo.train.lessons import HeadLessons
+from lococo.train.loop import head_training
 from lococo.train.recall import recall_window
 from lococo.train.recipe import Recipe
 from lococo.train.scores import Example, collect, fit
+from lococo.train.trained import heads_in, new_heads
 
 Row = dict[str, Any]
 
@@ -83,8 +85,10 @@ def train(
         say("too few long documents to keep some apart: what is called held out is what is trained on")
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = output / CHECKPOINT
-    if checkpoint.exists():
-        training = Training(model, heads_in(checkpoint), corpus, recipe)
+    resumed = checkpoint.exists()
+    if resumed:
+        heads = heads_in(checkpoint)
+        training = head_training(model, heads, corpus, recipe)
         training.load(checkpoint)
         say(f"going on after step {training.step} of {recipe.steps}")
     else:
@@ -92,37 +96,25 @@ def train(
         for num_slots in recipe.calibrate_at:
             say(f"measuring the layers' shares of {num_slots} slots")
             budgets[num_slots] = _weights(model, corpus, recipe, num_slots)
-        training = Training(model, new_heads(model, recipe, budgets), corpus, recipe)
-        training.notes["held_out_before"] = training.evaluate(held_out, HELD_OUT_WINDOWS)
+        heads = new_heads(model, recipe, budgets)
+        training = head_training(model, heads, corpus, recipe)
+    lessons = HeadLessons(model, of_heads(heads, heads.kind), held_out, recipe)
+    if not resumed:
+        training.notes["held_out_before"] = training.evaluate(lessons, HELD_OUT_WINDOWS)
         training.save(checkpoint)
-
-    fewest = min(recipe.num_slots)
-
-    def kept(row: Row) -> None:
-        if row["step"] % save_every == 0:
-            row["held_out"] = training.evaluate(held_out, HELD_OUT_BETWEEN, [fewest])[str(fewest)]
-            if not math.isfinite(row["held_out"]):
-                raise TrainingError(
-                    f"after step {row['step']} the loss on held-out text is not finite; the last checkpoint is from "
-                    "before: go on from it with lower learning rates"
-                )
-            training.save(checkpoint)
-        after_step(row)
-
-    training.run(kept)
-    training.save(checkpoint)
-    if isinstance(training.heads, LearnedHeads) and recipe.learned_scores:
-        fit_scores(model, training.heads, corpus, recipe, say)
+    training.run_saving(checkpoint, lessons, HELD_OUT_BETWEEN, save_every=save_every, after_step=after_step)
+    if isinstance(heads, LearnedHeads) and recipe.learned_scores:
+        fit_scores(model, heads, corpus, recipe, say)
     figures = {
         "recipe": {key: value for key, value in vars(recipe).items()},
         # Heads travel: where a folder lay is nobody's business.
         "data": [source if source.startswith(PREFIX) else Path(source).resolve().name for source in data],
         "held_out_was_kept_apart": apart,
         **training.notes,
-        "held_out": training.evaluate(held_out, HELD_OUT_WINDOWS),
+        "held_out": training.evaluate(lessons, HELD_OUT_WINDOWS),
     }
     if training.accelerator.is_main_process:
-        save_heads(training.heads, output, ModelFacts.of(model), training=figures, dtype=torch.float16)
+        save_heads(heads, output, ModelFacts.of(model), training=figures, dtype=torch.float16)
         checkpoint.unlink(missing_ok=True)
     return figures
 

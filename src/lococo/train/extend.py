@@ -1,0 +1,133 @@
+"""One tuning from beginning to end: corpus, LoRA and heads, steps, checkpoints, and the folder that comes of it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lococo.errors import DocumentError
+from lococo.train.data import Corpus, corpus_of
+from lococo.train.extension import FULL, Extension
+from lococo.train.hub import PREFIX
+from lococo.train.long_lessons import LongLessons
+from lococo.train.loop import Training, made_with, placed
+from lococo.train.packing import check_longest
+from lococo.train.run import CHECKPOINT, standard_library
+from lococo.train.trained import Trained
+from lococo.train.tuning import Tuning, tune
+from lococo.tuned import base_of, save_tuned
+
+Row = dict[str, Any]
+
+
+def extend(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Extension,
+    output: Path,
+    *,
+    base: str | None,
+    data: Sequence[str] = (),
+    documents: int = 10_000,
+    save_every: int = 20,
+    say: Callable[[str], None] = print,
+    after_step: Callable[[Row], None] = lambda row: None,
+) -> Row:
+    """Tune a model with its heads and save both; go on where an earlier run with the same recipe stopped.
+
+    Args:
+        model: Not attached; changed in place.
+        tokenizer: The model's.
+        recipe: How.
+        output: Folder for what was tuned; the checkpoint lies in it until it is done.
+        base: What `load_model` loads the model by.
+        data: Folders of text and data sets of the hub, see `data.corpus_of`; none: Python's own standard library.
+        documents: Taken of each data set of the hub, at most.
+        save_every: Steps between checkpoints.
+        say: Called with a line for people.
+        after_step: Called with each step's figures, see `Training.run_saving`.
+
+    Returns:
+        What is written into the folder's record: recipe, data, tokens, seconds, and held_out_before and held_out, the
+        loss on text that was kept apart.
+    """
+    if data:
+        corpus, held_out = corpus_of(data, tokenizer, documents=documents, seed=recipe.seed)
+    else:
+        corpus, held_out = standard_library(tokenizer)
+    corpus, held_out = _long_enough(corpus, held_out, recipe)
+    apart = corpus.fingerprint != held_out.fingerprint
+    if not apart:
+        say("too few long documents to keep some apart: what is called held out is what is tuned on")
+    checkpoint, described = output / CHECKPOINT, base_of(model, base)
+    training, tuning = tuning_of(placed(model), corpus, recipe)
+    output.mkdir(parents=True, exist_ok=True)
+    apart_lessons = LongLessons(model, tuning.compressor, held_out, recipe)
+    if checkpoint.exists():
+        training.load(checkpoint)
+        say(f"going on after step {training.step} of {recipe.steps}")
+    else:
+        training.notes["held_out_before"] = _measured(training, apart_lessons, recipe)
+        training.save(checkpoint)
+    training.run_saving(
+        checkpoint, apart_lessons, recipe.held_out_windows, save_every=save_every, after_step=after_step
+    )
+    figures = {
+        # What was tuned travels: where a folder lay is nobody's business.
+        "recipe": asdict(recipe) | {"compressor": Path(recipe.compressor).name},
+        "data": [source if source.startswith(PREFIX) else Path(source).resolve().name for source in data],
+        "held_out_was_kept_apart": apart,
+        **training.notes,
+        "held_out": _measured(training, apart_lessons, recipe),
+    }
+    if training.accelerator.is_main_process:
+        save_tuned(
+            output,
+            model,
+            tuning.modules,
+            base=described,
+            rope=tuning.rope,
+            compressor=None if tuning.heads is not None or recipe.compressor == FULL else recipe.compressor,
+            heads=tuning.heads,
+            training=figures,
+        )
+        checkpoint.unlink(missing_ok=True)
+    return figures
+
+
+def tuning_of(model: PreTrainedModel, corpus: Corpus, recipe: Extension) -> tuple[Training, Tuning]:
+    """Prepare a tuning in the training loop.
+
+    Args:
+        model: Not attached, as it was loaded; changed in place.
+        corpus: What to train on.
+        recipe: How.
+    """
+    # Of the model before it is tuned.
+    belongs_to = made_with(model, corpus, recipe)
+    tuning = tune(model, recipe)
+    lessons = LongLessons(model, tuning.compressor, corpus, recipe)
+    return Training(lessons, Trained(tuning.heads, tuning.groups), recipe, belongs_to), tuning
+
+
+def _measured(training: Training, lessons: LongLessons, recipe: Extension) -> dict[str, float]:
+    if not recipe.held_out_windows:
+        return {}
+    # From the beginning, whatever is trained on: what a reader of whole documents will see.
+    whole = replace(lessons, recipe=replace(recipe, begin="beginning"))
+    return training.evaluate(whole, recipe.held_out_windows)
+
+
+def _long_enough(corpus: Corpus, held_out: Corpus, recipe: Extension) -> tuple[Corpus, Corpus]:
+    """Refuse documents that are all too short; where only those kept apart are long enough, use all for both."""
+    if recipe.short_documents:
+        return corpus, held_out
+    try:
+        check_longest(corpus, recipe.length)
+    except DocumentError:
+        whole = corpus.joined(held_out)
+        check_longest(whole, recipe.length)
+        return whole, whole
+    return corpus, held_out

@@ -1,0 +1,91 @@
+"""How a model is tuned to read far beyond its window: every field is a flag of `lococo extend`, and a line in YAML."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lococo.errors import ArgumentError
+
+FULL = "full"
+
+
+@dataclass(frozen=True)
+class Extension:
+    """How a model and its heads are tuned.
+
+    Attributes:
+        compressor: auto (the heads that come with lococo for the model, or else fresh), fresh (new heads of ours),
+            lococo-paper (new ones of the paper), a folder of heads, a name without heads such as h2o, with which the
+            model alone is tuned, or full, which keeps every token and needs memory for it.
+        num_slots: Mean slots per layer.
+        chunk_size: Tokens per forward pass.
+        length: Tokens of a window, a multiple of chunk_size.
+        steps: Optimiser steps.
+        accumulate: Windows per step, over all processes.
+        compressions: How many compressions back the gradient reaches; memory grows with it, but not with length.
+            0: all of the window.
+        heads_learning_rate: Of the heads, at its highest; it falls to 0; 0: they stay as they are.
+        lora_learning_rate: Of LoRA.
+        norms_learning_rate: Of the model's norms, and of the changes of norms that heads bring along.
+        embeddings_learning_rate: Of the embeddings; 0: they stay as they are.
+        weight_decay: Of AdamW, for LoRA and embeddings.
+        warm_up: Steps over which the learning rates rise.
+        lora_rank: Of LoRA's matrices.
+        lora_alpha: LoRA counts alpha / rank.
+        lora_targets: Last parts of the names of the layers that get LoRA.
+        rope: none, positions packed into the window; linear, as the paper does, or yarn: RoPE is scaled by
+            length / window.
+        begin: Where in a document a window begins: at random places, or always at its beginning.
+        short_documents: Go on although no document is as long as a window.
+        held_out_windows: Windows of text kept apart on which the loss is measured, before, after and along the way.
+        kernel_size: Of the paper's convolutions.
+        mix: Start of the paper's n; 0 is eviction.
+        seed: Of LoRA's and fresh heads' start and of the windows.
+    """
+
+    compressor: str = "auto"
+    num_slots: int = 512
+    chunk_size: int = 256
+    length: int = 32768
+    steps: int = 1000
+    accumulate: int = 1
+    compressions: int = 1
+    heads_learning_rate: float = 1e-3
+    lora_learning_rate: float = 2e-4
+    norms_learning_rate: float = 2e-4
+    embeddings_learning_rate: float = 0.0
+    weight_decay: float = 0.0
+    warm_up: int = 0
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    rope: Literal["none", "linear", "yarn"] = "none"
+    begin: Literal["random", "beginning"] = "random"
+    short_documents: bool = False
+    held_out_windows: int = 2
+    kernel_size: int = 21
+    mix: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        for name in ("num_slots", "chunk_size", "length", "steps", "accumulate", "lora_rank", "lora_alpha"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"expected {name} to be at least 1, got {getattr(self, name)}")
+        rates = [name for name in vars(self) if name.endswith("learning_rate")]
+        for name in (*rates, "compressions", "weight_decay", "warm_up", "held_out_windows"):
+            if getattr(self, name) < 0:
+                raise ArgumentError(f"expected {name} to be at least 0, got {getattr(self, name)}")
+        if self.length % self.chunk_size:
+            fits = max(1, self.length // self.chunk_size) * self.chunk_size
+            raise ArgumentError(
+                f"expected a length that is a multiple of the chunk_size of {self.chunk_size}, got {self.length}; "
+                f"use {fits} or {fits + self.chunk_size}"
+            )
+        least = self.num_slots + 2 * self.chunk_size
+        if self.compressor != FULL and self.length < least:
+            raise ArgumentError(
+                f"windows of {self.length} tokens hold no two chunks of {self.chunk_size} beyond {self.num_slots} "
+                f"slots; raise length to {-(-least // self.chunk_size) * self.chunk_size} or more"
+            )
+        if not self.lora_targets:
+            raise ArgumentError("expected at least one name in lora_targets; to leave LoRA out, set its rate to 0")

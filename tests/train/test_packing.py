@@ -1,0 +1,71 @@
+import pytest
+from one_extension import corpus_in
+from one_training import Letters
+
+from lococo.errors import DocumentError
+from lococo.train.data import Corpus, Document
+from lococo.train.packing import check_longest, packed_window
+
+# A document is told by its letter; letters are tokens.
+LONG = "".join(chr(97 + number % 26) for number in range(3000))
+
+
+def windows(corpus, *, length=64, begin="random", count=12, seed=0):
+    return [packed_window(corpus, seed, number, length=length, begin=begin) for number in range(count)]
+
+
+def test_a_long_document_fills_a_window_alone(tmp_path):
+    corpus = corpus_in(tmp_path, LONG)
+    for [piece] in windows(corpus):
+        assert "".join(map(chr, piece)) in LONG
+        assert len(piece) == 64
+    assert len({tuple(piece) for [piece] in windows(corpus)}) > 6
+
+
+def test_windows_begin_with_documents_where_they_are_told_to(tmp_path):
+    corpus = corpus_in(tmp_path, LONG)
+    assert all("".join(map(chr, piece)) == LONG[:64] for [piece] in windows(corpus, begin="beginning"))
+
+
+def test_short_documents_are_taken_whole_one_after_the_other(tmp_path):
+    texts = ["a" * 25, "b" * 30]
+    corpus = corpus_in(tmp_path, *texts)
+    for pieces in windows(corpus):
+        said = ["".join(map(chr, piece)) for piece in pieces]
+        assert sum(map(len, said)) in (63, 64)
+        assert all(text in texts for text in said[:-1])
+        assert any(text.startswith(said[-1]) for text in texts)
+
+
+def test_a_single_token_is_left_over(tmp_path):
+    pieces = packed_window(corpus_in(tmp_path, "a" * 21), 0, 0, length=64, begin="random")
+    assert [len(piece) for piece in pieces] == [21, 21, 21]
+
+
+def test_windows_are_the_same_for_the_same_seed_and_number(tmp_path):
+    corpus = corpus_in(tmp_path, LONG, "short " * 5)
+    assert windows(corpus) == windows(corpus)
+    assert windows(corpus) != windows(corpus, seed=1)
+    assert windows(corpus)[7] == packed_window(corpus, 0, 7, length=64, begin="random")
+
+
+def test_domains_take_turns(tmp_path):
+    documents = {}
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(name[0] * 30)
+        documents[name] = [Document(tmp_path / name, 0, 30)]
+    corpus = Corpus(documents, Letters())
+    letters = [{chr(token) for piece in pieces for token in piece} for pieces in windows(corpus, count=4)]
+    assert letters == [{"o"}, {"t"}] * 2
+
+
+def test_documents_that_are_all_but_empty(tmp_path):
+    with pytest.raises(DocumentError, match="1000 of them left 64 to be filled"):
+        packed_window(corpus_in(tmp_path, "a"), 0, 0, length=64, begin="random")
+
+
+def test_the_longest_document(tmp_path):
+    corpus = corpus_in(tmp_path, "a" * 70, "b" * 99)
+    check_longest(corpus, 99)
+    with pytest.raises(DocumentError, match="at least 100 tokens, the longest has 99"):
+        check_longest(corpus, 100)

@@ -1,0 +1,100 @@
+from copy import deepcopy
+
+import pytest
+import torch
+from families import heads_for, tiny, tokens
+from one_extension import RECIPE, llama
+
+import lococo
+from lococo import compressors
+from lococo.compressors.heads import save_heads
+from lococo.errors import FileFormatError, UnsupportedModelError
+from lococo.facts import ModelFacts
+from lococo.train import tuning
+from lococo.train.extension import Extension
+from lococo.train.tuning import starting_compressor, tune
+
+
+def recipe(**options):
+    return Extension(**RECIPE | options)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Heads on disk for the tiny Llama, and their weights."""
+    heads = heads_for(tiny(), scale=0.1)
+    save_heads(heads, tmp_path, ModelFacts.of(tiny()))
+    return tmp_path, heads.state_dict()
+
+
+@pytest.mark.parametrize("name", ["auto", "lococo", "folder"])
+def test_heads_start_as_those_that_are_there(saved, monkeypatch, name):
+    folder, weights = saved
+    for module in (tuning, compressors):
+        monkeypatch.setattr(module, "shipped_heads", lambda facts: folder)
+    heads = tune(llama(), recipe(compressor=str(folder) if name == "folder" else name)).heads
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in heads.state_dict().items())
+
+
+def test_heads_without_their_norms_are_saved_without_them(saved, monkeypatch, tmp_path):
+    monkeypatch.setattr(compressors, "shipped_heads", lambda facts: saved[0])
+    model = llama()
+    heads = tune(model, recipe(compressor="lococo-frozen")).heads
+    save_heads(heads, tmp_path / "again", ModelFacts.of(model))
+    again = lococo.attach(tiny(), str(tmp_path / "again"), num_slots=24, chunk_size=16).compressor
+    assert heads.norms is again.norms is None
+
+
+def test_without_heads_for_the_model_auto_makes_fresh_ones():
+    heads = tune(llama(), recipe(compressor="auto")).heads
+    assert heads.norms is None  # the model's own are tuned
+    assert len(heads.scorers) == 0
+
+
+def test_heads_of_another_model_are_refused(saved):
+    with pytest.raises(FileFormatError, match=r"num_hidden_layers 4.*num_hidden_layers 2"):
+        starting_compressor(llama(num_hidden_layers=2), recipe(compressor=str(saved[0])))
+
+
+def test_the_papers_heads_have_the_papers_shape():
+    heads = tune(llama(), recipe(compressor="lococo-paper", kernel_size=7, mix=0.25)).heads
+    assert [tuple(c.weight.shape) for c in heads.convolutions.values()] == [(12, 24, 7)] * 4
+    assert {float(mix) for mix in heads.mix.values()} == {0.25}
+
+
+@torch.no_grad()
+def test_a_model_that_is_ready_still_says_the_same():
+    model, ids = llama(), tokens(1, 50)
+    before = model(ids).logits
+    made = tune(model, recipe())
+    assert torch.equal(model(ids).logits, before)
+    ranks = {tuple(p.shape) for name, p in made.groups[0].parameters.items() if "q_proj.lora_A" in name}
+    assert ranks == {(2, 48)}
+    assert len(made.groups[0].parameters) == 4 * 4 * 2
+    assert len(made.modules) == 4 * 2 + 1
+    assert all(p.dtype == torch.float32 for p in made.groups[0].parameters.values())
+
+
+@torch.no_grad()
+def test_fused_layers_of_gpt2_take_lora():
+    model, ids = deepcopy(tiny("gpt2")), tokens(1, 50)
+    before = model(ids).logits
+    made = tune(model, recipe(lora_targets=("c_attn",)))
+    for parameter in made.groups[0].parameters.values():
+        parameter += 0.1
+    assert (model(ids).logits - before).abs().max() > 0.1
+
+
+def test_a_rope_that_cannot_be_scaled_is_refused_before_anything_is_changed():
+    model = deepcopy(tiny("llama3"))
+    names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(UnsupportedModelError, match="of type llama3, and only an unscaled one"):
+        tune(model, recipe(rope="linear", length=1 << 20))
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_window_grows_with_rope():
+    model = llama(max_position_embeddings=64)
+    assert tune(model, recipe(rope="linear")).rope["max_position_embeddings"] == 128
+    assert lococo.attachment.window_of(model) == 128

@@ -88,6 +88,17 @@ def test_a_model_tuned_without_heads_is_read_as_it_was_tuned(tmp_path):
     assert not (tmp_path / "tuned" / "heads").exists()
 
 
+def test_heads_keep_the_selection_that_they_were_tuned_with(tmp_path):
+    base = save_base(tmp_path / "base")
+    tuned_from(base, tmp_path / "tuned", compressor="h2o+lococo-paper", steps=1)
+    loaded, _ = lococo.load_model(tmp_path / "tuned")
+    compressor = lococo.attach(loaded, num_slots=24, chunk_size=16).compressor
+    assert compressor.selection is lococo.compressors.SELECTIONS["h2o"]
+    # and are tuned further with it
+    tuned_from(base, tmp_path / "again", compressor=str(tmp_path / "tuned" / "heads"), steps=1)
+    assert json.loads((tmp_path / "again" / "heads" / "config.json").read_text())["selection"] == "h2o"
+
+
 def test_plain_peft_and_transformers_load_it(made):
     import peft
 

@@ -59,6 +59,7 @@ def save_tuned(
     rope: dict[str, Any],
     compressor: str | None,
     heads: "Heads | None",
+    selection: str,
     training: dict[str, Any],
 ) -> None:
     """Write what was tuned; the record comes last, so a folder that has it is whole.
@@ -71,6 +72,7 @@ def save_tuned(
         rope: Of `rope_scaling.scaled_rope`.
         compressor: Name of the one it was tuned with, where there are no heads; None for the full cache.
         heads: Trained with it.
+        selection: That the heads were trained with, if they only merge.
         training: Recipe, data and figures, for the reader.
     """
     import peft
@@ -102,7 +104,7 @@ def save_tuned(
     write_atomically(folder / ADAPTER, safetensors.torch.save(written, {"format": "pt"}))
     write_atomically(folder / ADAPTER_CONFIG, adapter_config)
     if heads is not None:
-        save_heads(heads, folder / HEADS, ModelFacts.of(model), training=training)
+        save_heads(heads, folder / HEADS, ModelFacts.of(model), selection=selection, training=training)
     _write_record(folder, {"base_model": base, "rope": rope, "compressor": compressor, "training": training})
 
 

@@ -56,8 +56,8 @@ def tuning(folder, *, model=None, corpus=None, **options):
     return tuning_of(model or llama(), corpus or corpus_in(folder), recipe)
 
 
-if __name__ == "__main__":
-    source, target = Path(sys.argv[1]), Path(sys.argv[2])
+def whole(source, target):
+    """Tune from beginning to end; the losses of all steps lie beside what comes of it."""
     losses = []
     extend(
         llama(),
@@ -72,3 +72,7 @@ if __name__ == "__main__":
     )
     if first_process():
         (target / "losses.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    whole(Path(sys.argv[1]), Path(sys.argv[2]))

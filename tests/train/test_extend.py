@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from families import tiny
-from one_extension import RECIPE, WORDS, corpus_in, llama, tuning
+from one_extension import RECIPE, WORDS, corpus_in, llama, tuning, whole
 from transformers import DynamicCache
 
 import lococo
@@ -232,20 +232,18 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(tmp_path
 
 def test_two_processes_tune_as_one_with_accumulation(tmp_path):
     corpus_in(tmp_path / "text", WORDS, WORDS[7:])
-    script = Path(__file__).with_name("one_extension.py")
+    whole(tmp_path / "text", tmp_path / "1")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = str(Path(__file__).with_name("one_extension.py"))
+    command = [sys.executable, *launch, script, str(tmp_path / "text"), str(tmp_path / "2")]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     ended = []
-    for processes in ("1", "2"):
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, *launch, str(script), str(tmp_path / "text"), str(tmp_path / processes)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        files = {
-            name: safetensors.torch.load_file(tmp_path / processes / name)
-            for name in (ADAPTER, "heads/model.safetensors")
-        }
-        losses = json.loads((tmp_path / processes / "losses.json").read_text())
-        record = json.loads((tmp_path / processes / RECORD).read_text())["training"]
+    for folder in (tmp_path / "1", tmp_path / "2"):
+        files = {name: safetensors.torch.load_file(folder / name) for name in (ADAPTER, "heads/model.safetensors")}
+        losses = json.loads((folder / "losses.json").read_text())
+        record = json.loads((folder / RECORD).read_text())["training"]
         ended.append((losses, {f"{file}:{n}": t for file, some in files.items() for n, t in some.items()}, record))
     (losses, one, record), (others, two, other) = ended
     assert losses == pytest.approx(others, rel=1e-5)

@@ -140,6 +140,12 @@ def of_heads(heads: Heads, name: str, selection: str = PAIRS[PaperHeads.kind][0]
     return SelectMerge(name, SELECTIONS[selection], heads)
 
 
+def selection_of(compressor: Compressor | str) -> str:
+    """Return the name of the selection that heads are saved with, as `of_heads` takes it."""
+    chosen = getattr(compressor, "selection", None)
+    return next((name for name, selection in SELECTIONS.items() if selection is chosen), PAIRS[PaperHeads.kind][0])
+
+
 def is_trained(name: str) -> bool:
     """Tell whether a name stands for heads that were trained, those that come with lococo or a folder of others."""
     return name in (LearnedHeads.kind, FROZEN) or (name not in PAIRS and Path(name).is_dir())

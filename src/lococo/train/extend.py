@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lococo.compressors import selection_of
 from lococo.errors import DocumentError
 from lococo.train.data import Corpus, corpus_of
 from lococo.train.extension import FULL, Extension
@@ -91,6 +92,7 @@ def extend(
             rope=tuning.rope,
             compressor=None if tuning.heads is not None or recipe.compressor == FULL else recipe.compressor,
             heads=tuning.heads,
+            selection=selection_of(tuning.compressor),
             training=figures,
         )
         checkpoint.unlink(missing_ok=True)

@@ -14,8 +14,9 @@ class Extension:
 
     Attributes:
         compressor: auto (the heads that come with lococo for the model, or else fresh), fresh (new heads of ours),
-            lococo-paper (new ones of the paper), a folder of heads, a name without heads such as h2o, with which the
-            model alone is tuned, or full, which keeps every token and needs memory for it.
+            lococo-paper (new ones of the paper; h2o+lococo-paper with another selection), a folder of heads, a name
+            without heads such as h2o, with which the model alone is tuned, or full, which keeps every token and needs
+            memory for it.
         num_slots: Mean slots per layer.
         chunk_size: Tokens per forward pass.
         length: Tokens of a window, a multiple of chunk_size.

@@ -107,6 +107,11 @@ class SlotCache(Cache):
         """Bytes of keys and values alone."""
         return kv_nbytes(self)
 
+    def is_like(self, other: "SlotCache") -> bool:
+        """Tell whether both read in the same way: with one compressor, as many slots, chunks and positions."""
+        names = ("compressor", "slots_per_layer", "chunk_size", "positions", "window")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
+
     def norms_holding(self, *, always: bool = False) -> AbstractContextManager[None]:
         """Let the compressor's changes of norms hold, for rows that hold slots, until the block ends.
 
@@ -267,6 +272,52 @@ def fork(cache: Cache) -> Cache:
     made.layers = [
         layer.fork(made.rows) if isinstance(layer, SlotLayer) else copy.deepcopy(layer) for layer in cache.layers
     ]
+    return made
+
+
+def taken(cache: SlotCache, rows: Sequence[int]) -> SlotCache:
+    """Return a cache of these rows of the batch alone, in this order, that goes on by itself."""
+    made = copy.copy(cache)
+    made.rows, made.step = copy.deepcopy(cache.rows), None
+    made.rows.select(rows)
+    index = torch.tensor(list(rows))
+    made.layers = [
+        layer.taken(index, made.rows) if isinstance(layer, SlotLayer) else _selected(layer, index)
+        for layer in cache.layers
+    ]
+    return made
+
+
+def _selected(layer: Any, index: Tensor) -> Any:
+    made = copy.deepcopy(layer)
+    if getattr(made, "keys", None) is not None:
+        made.batch_select_indices(index)
+    return made
+
+
+def joined(caches: Sequence[SlotCache]) -> SlotCache:
+    """Return a cache of the rows of all these, one after the other, that goes on by itself.
+
+    Rows of a batch need not have come equally far, so requests can join others that are being answered.
+
+    Args:
+        caches: Made by one attachment; each has read something.
+
+    Raises:
+        ArgumentError: If they differ in their settings, or hold sliding layers, whose rows must have come equally far.
+    """
+    first = caches[0]
+    if len(first.slot_layers) < len(first.layers):
+        raise ArgumentError("rows of a cache with sliding layers cannot join others; read them one by one")
+    if not all(one.is_like(first) for one in caches):
+        raise ArgumentError("only caches of one attachment can be joined; make them with one `new_cache`")
+    if not all(one.rows.tokens for one in caches):
+        raise ArgumentError("an empty cache cannot be joined; read something into it first")
+    made = copy.copy(first)
+    made.rows, made.step = Rows.joined([one.rows for one in caches]), None
+    made.incomplete = any(one.incomplete for one in caches)
+    columns = zip(*(one.slot_layers for one in caches), strict=True)
+    made.layers = [SlotLayer.joined(layers, made.rows) for layers in columns]
     return made
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lococo import converting, evaluating, planning, training, verbs
+from lococo import converting, evaluating, planning, serving, training, verbs
 from lococo.errors import ArgumentError, LococoError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "ask": verbs.ask,
     "chat": verbs.chat,
     "inspect": verbs.inspect,
+    "serve": serving.serve,
     "train": training.train,
     "ablate": training.ablate,
     "eval perplexity": evaluating.eval_perplexity,
@@ -54,6 +55,8 @@ METAVARS = {
     "trained_on": "DIR",
     "tasks": "NAME",
     "gpu": "NAME",
+    "api_keys": "FILE",
+    "contexts": "DIR",
 }
 NUMBERS = (int, int | None, float, tuple[int, ...])
 

@@ -56,11 +56,13 @@ class Document:
         name: For people.
         pieces: Opens it, and yields its text.
         stream: Whether to tell how far the reading has come.
+        discard: Deletes what was put aside for it.
     """
 
     name: str
     pieces: Callable[[], Iterator[str]]
     stream: bool
+    discard: Callable[[], None] = lambda: None
 
 
 @router.post("", status_code=201, summary="Read a document", openapi_extra=BODY)
@@ -73,15 +75,13 @@ async def create(request: Request) -> Response:
         document = await _from_form(request)
     else:
         raise ApiError(415, "expected a JSON object with `text`, or a form with `file`", code="bad_content_type")
-    state = state_of(request)
-    feed = Feed()
-    pending = Pending(
-        state.engine,
-        request,
-        feed,
-        timeout=state.options.timeout,
-        max_tokens_read=state.options.max_prompt_tokens,
-    )
+    state, feed = state_of(request), Feed()
+    how = {"timeout": state.options.timeout, "max_tokens_read": state.options.max_prompt_tokens}
+    try:
+        pending = Pending(state.engine, request, feed, **how)
+    except ApiError:
+        document.discard()
+        raise
     threading.Thread(target=_encode, args=(state, document, feed), name="lococo-reader", daemon=True).start()
     if document.stream:
         pieces = _progress(request, pending, document.name)
@@ -147,34 +147,39 @@ async def _from_json(request: Request) -> Document:
 
 
 async def _from_form(request: Request) -> Document:
-    form = await request.form(max_files=1, max_fields=8)
-    file = form.get("file")
-    if not isinstance(file, UploadFile):
-        raise ApiError(400, "the form has no file; expected one in the field `file`", code="no_file", param="file")
-    name = Path((file.filename or "file").replace("\\", "/")).name[:LONGEST_NAME] or "file"
-    suffix = Path(name).suffix.lower()
+    async with request.form(max_files=1, max_fields=8) as form:
+        file = form.get("file")
+        if not isinstance(file, UploadFile):
+            raise ApiError(400, "the form has no file; expected one in the field `file`", code="no_file", param="file")
+        name = Path((file.filename or "file").replace("\\", "/")).name[:LONGEST_NAME] or "file"
+        path = await run_in_threadpool(_copied, file, Path(name).suffix.lower())
+        return Document(
+            name,
+            lambda: _uploaded(path, name),
+            str(form.get("stream", "")).lower() in ("true", "1"),
+            lambda: shutil.rmtree(path.parent, ignore_errors=True),
+        )
+
+
+def _copied(file: UploadFile, suffix: str) -> Path:
+    """Copy an upload to a file whose name has no part of the client's but a known suffix."""
     folder = Path(tempfile.mkdtemp(prefix="lococo-upload-"))
-    path = folder / ("document" + (suffix if suffix in SUFFIXES else ".txt"))  # no part of it is the client's
+    path = folder / ("document" + (suffix if suffix in SUFFIXES else ".txt"))
     try:
-        await run_in_threadpool(_copied, file, path)
+        with path.open("wb") as target:
+            shutil.copyfileobj(file.file, target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-    def pieces() -> Iterator[str]:
-        try:
-            yield from read_text(path)
-        except LococoError as error:
-            raise type(error)(str(error).replace(str(path), name)) from None
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    return Document(name, pieces, str(form.get("stream", "")).lower() in ("true", "1"))
+    return path
 
 
-def _copied(file: UploadFile, path: Path) -> None:
-    with path.open("wb") as target:
-        shutil.copyfileobj(file.file, target)
+def _uploaded(path: Path, name: str) -> Iterator[str]:
+    """Yield the text of an upload; in errors it has the name that the client gave it."""
+    try:
+        yield from read_text(path)
+    except LococoError as error:
+        raise type(error)(str(error).replace(str(path), name)) from None
 
 
 def _encode(state: State, document: Document, feed: Feed) -> None:
@@ -188,6 +193,8 @@ def _encode(state: State, document: Document, feed: Feed) -> None:
         feed.close()
     except Exception as error:  # the engine tells the client
         feed.close(error)
+    finally:
+        document.discard()
 
 
 async def _read(request: Request, pending: Pending, name: str) -> AsyncIterator[Progress | Record]:

@@ -42,7 +42,8 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Stops = Annotated[list[Annotated[str, Field(min_length=1)]] | None, BeforeValidator(_listed)]
+Stop = Annotated[str, Field(min_length=1)]
+Stops = Annotated[Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None, BeforeValidator(_listed)]
 
 
 class StreamOptions(Strict):
@@ -60,7 +61,7 @@ class AnyAnswer(Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: int | None = None
-    stop: Annotated[Stops, Field(max_length=MOST_STOPS)] = None
+    stop: Stops = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     n: int | None = 1
     presence_penalty: float | None = 0

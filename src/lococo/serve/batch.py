@@ -43,6 +43,11 @@ class Batch:
         """All of them."""
         return [answer for group in self.groups for answer in group.answers]
 
+    @property
+    def caches(self) -> list[SlotCache]:
+        """What they are written into."""
+        return [group.cache for group in list(self.groups) if group.answers]
+
     def join(self, answer: Answer, cache: SlotCache) -> None:
         """Let an answer take part from the next step on."""
         joins = len(cache.slot_layers) == len(cache.layers)
@@ -77,10 +82,10 @@ class Batch:
         ended = {}
         for row, answer in enumerate(group.answers):
             if reason := answer.take(logits[row : row + 1]):
-                ended[row] = reason
-        for row, reason in ended.items():
-            self.left(group.answers[row], reason, taken(group.cache, [row]))
+                ended[row] = (answer, reason, taken(group.cache, [row]))
         self._keep(group, [row for row in range(len(group.answers)) if row not in ended])
+        for answer, reason, cache in ended.values():
+            self.left(answer, reason, cache)
 
     @staticmethod
     def _keep(group: Group, rows: list[int]) -> None:

@@ -58,7 +58,7 @@ class _Figures(Collector):
         ):
             yield CounterMetricFamily(f"lococo_{name}", said, total)
         contexts, disk = self.store.totals()
-        caches = [group.cache for group in list(engine.batch.groups)] + [one.cache for one in list(engine.readings)]
+        caches = engine.batch.caches + [one.cache for one in list(engine.readings)]
         for name, said, value in (
             ("queue_length", "Requests that wait", engine.queue_length),
             ("batch_size", "Answers that are written now", len(engine.batch.answers)),

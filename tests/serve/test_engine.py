@@ -212,6 +212,19 @@ def test_closing_tells_those_that_wait(attached: Session, engine: Engine) -> Non
     assert reading.error().status == 503
 
 
+def test_nobody_waits_for_an_engine_that_has_stopped(
+    attached: Session, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits = Asked(engine, [5, 6], 4)
+    monkeypatch.setattr(engine, "_drop_given_up", lambda: 1 / 0)
+    engine.start()
+    assert waits.error().status == 503
+    with pytest.raises(ApiError, match="shutting down"):
+        Asked(engine, [5, 6], 4)
+    engine.close()
+    assert not engine.is_alive
+
+
 def test_conversations_stay_within_their_memory(attached: Session) -> None:
     from lococo.serve.jobs import Layout
 

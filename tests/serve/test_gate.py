@@ -1,6 +1,7 @@
 """Who may come in, from where, and with how much."""
 
 import hmac
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from servers import Running, running
 
 from lococo.errors import ArgumentError, DocumentError
 from lococo.serve.failures import ApiError
+from lococo.serve.gate import SPARE, Gate
 from lococo.serve.keys import Keys
 from lococo.session import Session
 
@@ -105,3 +107,25 @@ def test_an_upload_that_is_too_large(locked: Running) -> None:
     with locked.client(KEY) as client:
         answer = client.post("/v1/contexts", files={"file": ("a.txt", b"a" * (1 << 20))})
         assert answer.status_code == 413
+
+
+def test_a_body_that_never_comes_is_not_waited_for(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lococo.serve.gate.BODY_SECONDS", 0.05)
+    host, port = served.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as line:
+        line.sendall(
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            "Content-Length: 99\r\n\r\n{".encode()
+        )
+        assert b" 408 " in line.recv(1 << 16).splitlines()[0]
+
+
+def test_there_is_room_for_so_many() -> None:
+    full = Gate(app=None, keys=None, max_body=1, max_requests=3)  # type: ignore[arg-type]
+    full.inside = 3 + SPARE
+    with pytest.raises(ApiError) as refused:
+        full._check_room("/v1/models")
+    assert refused.value.status == 429
+    full._check_room("/health")
+    full.inside -= 1
+    full._check_room("/v1/models")

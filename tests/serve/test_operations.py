@@ -102,7 +102,7 @@ class TestEnd:
                         "/v1/chat/completions", json=CHAT | {"max_tokens": count, "stream": count > 1}
                     )
 
-            thread = threading.Thread(target=ask, args=(1500,))
+            thread = threading.Thread(target=ask, args=(600,))
             thread.start()
             one.until(lambda: len(one.state.engine.batch.answers) == 1)
             client.get("/health")  # keeps a connection open
@@ -112,7 +112,7 @@ class TestEnd:
             assert int(late.headers["retry-after"]) > 0
             assert (client.get("/health").status_code, client.get("/health").json()["status"]) == (503, "draining")
             thread.join()
-            assert events_of(answers["1500"].text)[-1]["choices"][0]["finish_reason"] == "length"
+            assert events_of(answers["600"].text)[-1]["choices"][0]["finish_reason"] == "length"
             one.until(lambda: one.server.should_exit)
 
     def test_a_client_that_goes_away_is_not_answered(self, served: Running) -> None:

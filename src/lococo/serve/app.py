@@ -39,7 +39,13 @@ def make_app(state: State) -> FastAPI:
     app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(Exception, _failed)
     # The last one added is the first to see a request.
-    app.add_middleware(Gate, keys=state.keys, max_body=state.options.max_body_mib * MIB)
+    options = state.options
+    app.add_middleware(
+        Gate,
+        keys=state.keys,
+        max_body=options.max_body_mib * MIB,
+        max_requests=options.max_batch + options.max_queue,
+    )
     app.add_middleware(Journal, counted=state.metrics.counted)
     return app
 

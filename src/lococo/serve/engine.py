@@ -172,19 +172,37 @@ class Engine:
     # --- in the engine's thread ---
 
     def _run(self) -> None:
-        with torch.no_grad():
-            while not self._closed:
-                self._admit()
-                self._drop_given_up()
-                busy = self._read_one()
-                if self.batch.groups:
-                    self._step()
-                    busy = True
-                if not busy:
-                    self._rest()
-        for job in [*self._waiting.jobs(), *(one.job for one in self.readings), *(a.job for a in self.batch.answers)]:
-            job.tell(Failed(draining()))
+        try:
+            with torch.no_grad():
+                while not self._closed:
+                    self._turn()
+        except Exception as error:
+            log.critical("the engine has stopped", exc_info=error)
+        finally:
+            self._give_all_up()
+
+    def _turn(self) -> None:
+        """Read a chunk of one prompt, and write a token of every answer."""
+        self._admit()
+        self._drop_given_up()
+        busy = self._read_one()
+        if self.batch.answers:
+            self._step()
+        elif not busy:
+            self._rest()
+
+    def _give_all_up(self) -> None:
+        with self._changed:
+            self._closed = True
+        for job in self._jobs():
             job.feed.close()
+            job.tell(Failed(draining()))
+
+    def _jobs(self) -> list[Job]:
+        """Return all requests, waiting or at work."""
+        with self._changed:
+            waiting = self._waiting.jobs()
+        return [*waiting, *(one.job for one in self.readings), *(answer.job for answer in self.batch.answers)]
 
     def _rest(self) -> None:
         """Wait until something changes."""
@@ -222,10 +240,7 @@ class Engine:
 
     def _drop_given_up(self) -> None:
         now = time.monotonic()
-        with self._changed:
-            waiting = self._waiting.jobs()
-        jobs = [*waiting, *(one.job for one in self.readings), *(answer.job for answer in self.batch.answers)]
-        gone = {job for job in jobs if job.cancelled.is_set() or now > job.deadline}
+        gone = {job for job in self._jobs() if job.cancelled.is_set() or now > job.deadline}
         if not gone:
             return
         with self._changed:

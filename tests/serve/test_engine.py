@@ -129,7 +129,11 @@ def test_too_many_are_told_to_come_back(attached: Session, engine: Engine) -> No
         Asked(engine, [5, 6], 4)
     assert refused.value.status == 429
     assert int(refused.value.reply_headers()["Retry-After"]) >= 1
+    other = Asked(engine, [5, 6], 4, tenant="another")
+    with pytest.raises(ApiError, match="8 requests wait already"):
+        Asked(engine, [5, 6], 4, tenant="another")
     engine.start()
+    assert other.text() == taken[0].text()
     assert len({one.text() for one in taken}) == 1
     assert Asked(engine, [5, 6], 4).text() == taken[0].text()
 

@@ -1,6 +1,7 @@
 """Requests as token ids."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 
@@ -74,3 +75,31 @@ def test_models_without_a_template(attached: Session) -> None:
     wording = Wording(tokenizer, Prompt.of(tokenizer))
     layout = wording.chat([Message("user", "a"), Message("assistant", "b"), Message("user", "c")], "me")
     assert tokenizer.decode(layout.ids) == "Question: a\nAnswer:b\n\nQuestion: c\nAnswer:"
+
+
+def test_what_is_too_long_is_not_encoded_to_its_end(attached: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    wording = Wording.of(attached, limit=100)
+    assert len(wording.plain("fox " * 40)) <= 100
+    taken = []
+
+    def windows(*args: object) -> Iterator[list[int]]:
+        for _ in range(1000):
+            taken.append(1)
+            yield [5] * 60
+
+    monkeypatch.setattr("lococo.serve.wording.encode_stream", windows)
+    for ask in (wording.chat, wording.about_context):
+        with pytest.raises(ApiError, match="more than the 100 tokens"):
+            ask([Message("user", "fox " * 4000)], "me")
+    assert len(taken) == 4
+    # Many short messages count as one long one.
+    monkeypatch.undo()
+    with pytest.raises(ApiError, match="more than the 100 tokens"):
+        wording.chat([Message("user", "fox")] * 50, "me")
+
+
+def test_long_raw_prompts_are_encoded_alike(wording: Wording, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "<|start|>The quick brown fox" * 20
+    expected = wording.raw(text)
+    monkeypatch.setattr("lococo.serve.wording.LONG_CHARS", 10)
+    assert wording.raw(text) == expected

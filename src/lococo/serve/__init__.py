@@ -1,8 +1,10 @@
 """The server: an OpenAI-compatible HTTP API in front of one model that answers many requests in one running batch.
 
-app, chat, contexts_api   HTTP: routes and what they answer          asyncio's thread
-gate                      keys, origins, sizes: before a body is read
-wording, schema           requests to token ids                      worker threads
-engine, batch, answering  the model: prefill and decode by turns     ONE thread of its own
-contexts                  what was read: files and their index       worker threads
+gate, journal, keys                 before and around a request: who it is from, how large it is, what the log says
+app, answer_routes, context_routes  what clients ask for; schema and shapes have the forms of it
+wording                             messages to token ids
+pending, feed, jobs                 between the event loop and the engine
+engine, batch, answering            the model, read and asked by ONE thread: prefill and decode by turns
+conversations, contexts             slots that are kept, in memory and on disk
+state, server                       the parts put together, and their end
 """

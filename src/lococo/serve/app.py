@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from lococo import __version__
-from lococo.serve import answers, documents_api, pages
+from lococo.serve import answer_routes, context_routes, pages
 from lococo.serve.failures import ApiError, internal
 from lococo.serve.gate import Gate
 from lococo.serve.journal import Journal
@@ -27,8 +27,8 @@ def make_app(state: State) -> FastAPI:
     """
     app = FastAPI(title="lococo", version=__version__, docs_url=None, redoc_url=None)
     app.state.lococo = state
-    app.include_router(answers.router)
-    app.include_router(documents_api.router)
+    app.include_router(answer_routes.router)
+    app.include_router(context_routes.router)
     app.get("/health", summary="Tell whether requests are taken")(health)
     app.get("/metrics", summary="Figures for Prometheus", response_class=Response)(metrics)
     app.get("/", include_in_schema=False)(page)

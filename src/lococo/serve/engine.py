@@ -17,7 +17,7 @@ from lococo.reader import end_tokens, prefill
 from lococo.serve.answering import Answer
 from lococo.serve.batch import Batch
 from lococo.serve.conversations import Conversations, Turn
-from lococo.serve.failures import ApiError, draining, internal
+from lococo.serve.failures import ApiError, draining, internal, too_long
 from lococo.serve.jobs import Failed, Finished, Held, Job, Progress, Usage
 from lococo.serve.waiting import Waiting
 from lococo.serve.wording import Wording
@@ -107,8 +107,9 @@ class Engine:
         with self._changed:
             if self._draining or self._closed:
                 raise draining()
-            # Those that the engine is about to take do not wait.
-            if len(self._waiting) >= self.max_queue + max(0, self.max_batch - self._active()):
+            # Those that the engine is about to take do not wait. A tenant without any cannot be shut out by others.
+            full = len(self._waiting) >= self.max_queue + max(0, self.max_batch - self._active())
+            if full and job.tenant in self._waiting:
                 raise ApiError(
                     429,
                     f"{len(self._waiting)} requests wait already; try again later",
@@ -281,7 +282,7 @@ class Engine:
             raise ApiError(400, "there is nothing to read; expected a text that is not empty", code="empty_prompt")
         reading.ids.extend(ids)
         if len(reading.ids) > job.max_tokens_read:
-            raise _too_long(job.max_tokens_read)
+            raise too_long(job.max_tokens_read)
         self.counts.compressions += cache.rows.room.count(0)
         logits = prefill(self.session.model, torch.tensor([ids]), cache)
         self.counts.prompt_tokens += len(ids)
@@ -356,9 +357,3 @@ def _forked(cache: SlotCache) -> SlotCache:
     made = fork(cache)
     assert isinstance(made, SlotCache)
     return made
-
-
-def _too_long(limit: int) -> ApiError:
-    return ApiError(
-        400, f"the text has more than the {limit:,} tokens that this server reads", code="context_length_exceeded"
-    )

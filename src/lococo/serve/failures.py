@@ -56,3 +56,10 @@ def internal() -> ApiError:
 def draining() -> ApiError:
     """Return what a client is told while the server is shutting down."""
     return ApiError(503, "the server is shutting down; try another or again later", code="draining", retry_after=5)
+
+
+def too_long(limit: int) -> ApiError:
+    """Return what a client is told about a prompt or document of more tokens than the server reads."""
+    return ApiError(
+        400, f"the text has more than the {limit:,} tokens that this server reads", code="context_length_exceeded"
+    )

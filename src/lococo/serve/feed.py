@@ -15,6 +15,7 @@ class Feed:
 
     def __init__(self, ids: list[int] | None = None, *, closed: bool = False, limit: int = 1 << 16) -> None:
         self._waiting = list(ids or [])
+        self._start = 0  # those before it are taken
         self._closed = closed
         self._limit = limit
         self._changed = threading.Condition()
@@ -24,7 +25,7 @@ class Feed:
     def put(self, ids: list[int]) -> bool:
         """Bring ids; return False where nobody reads any more."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or len(self._waiting) < self._limit)
+            self._changed.wait_for(lambda: self._closed or self._count() < self._limit)
             if self._closed:
                 return False
             self._waiting += ids
@@ -42,17 +43,24 @@ class Feed:
     def ready(self, length: int) -> bool:
         """Tell whether `take` has something to say."""
         with self._changed:
-            return self._closed or len(self._waiting) >= length
+            return self._closed or self._count() >= length
 
     @property
     def empty(self) -> bool:
         """Whether all ids were taken and no others will come."""
         with self._changed:
-            return self._closed and not self._waiting
+            return self._closed and not self._count()
 
     def take(self, length: int) -> list[int]:
         """Return the next ids, at most `length`."""
         with self._changed:
-            taken, self._waiting = self._waiting[:length], self._waiting[length:]
+            taken = self._waiting[self._start : self._start + length]
+            self._start += len(taken)
+            if self._start > self._limit:  # now and then, since it moves all that is left
+                del self._waiting[: self._start]
+                self._start = 0
             self._changed.notify_all()
         return taken
+
+    def _count(self) -> int:
+        return len(self._waiting) - self._start

@@ -10,7 +10,7 @@ from starlette.requests import Request
 
 from lococo.cache import SlotCache
 from lococo.serve.engine import Engine
-from lococo.serve.failures import ApiError
+from lococo.serve.failures import too_long
 from lococo.serve.feed import Feed
 from lococo.serve.jobs import Event, Failed, Finished, Held, Job, Layout, Sampling
 
@@ -102,11 +102,7 @@ def answering(
         ApiError: If the prompt is too long, or the engine takes no more.
     """
     if len(layout.ids) > limit:
-        raise ApiError(
-            400,
-            f"the prompt has {len(layout.ids):,} tokens, more than the {limit:,} that this server reads",
-            code="context_length_exceeded",
-        )
+        raise too_long(limit)
     feed = Feed(list(layout.ids), closed=True)
     kept = layout if goes_on else None
     return Pending(engine, request, feed, timeout=timeout, sampling=sampling, layout=kept, base=base)

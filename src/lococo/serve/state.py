@@ -68,7 +68,7 @@ def started(session: Session, options: ServerOptions) -> Iterator[State]:
         keys=keys,
         engine=engine,
         store=store,
-        wording=Wording.of(session),
+        wording=Wording.of(session, options.max_prompt_tokens),
         metrics=Metrics(engine, store),
         model=model_id(session.model),
     )

@@ -14,6 +14,9 @@ class Waiting:
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
 
+    def __contains__(self, tenant: str) -> bool:
+        return tenant in self._queues
+
     def put(self, job: Job) -> None:
         """Add a request behind its tenant's others."""
         self._queues.setdefault(job.tenant, deque()).append(job)

@@ -11,9 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from lococo.documents import encode_stream
 from lococo.prompts import Prompt
-from lococo.serve.failures import ApiError
+from lococo.serve.failures import ApiError, too_long
 from lococo.serve.jobs import Layout
 from lococo.session import Session
+
+LONG_CHARS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -39,17 +41,24 @@ class Part:
 
 @dataclass(frozen=True)
 class Wording:
-    """Makes ids of text with a tokenizer of its own, since tokenizers carry state from call to call."""
+    """Makes ids of text with a tokenizer of its own, since tokenizers carry state from call to call.
+
+    Attributes:
+        tokenizer: One call at a time.
+        prompt: Its parts around what clients say.
+        limit: Longest prompt, tokens; what is longer is not encoded to its end.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     prompt: Prompt
+    limit: int = 1 << 62
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @staticmethod
-    def of(session: Session) -> "Wording":
+    def of(session: Session, limit: int = 1 << 62) -> "Wording":
         """Take a session's tokenizer and prompt."""
         tokenizer = copy.deepcopy(session.tokenizer)
-        return Wording(tokenizer, Prompt.of(tokenizer))
+        return Wording(tokenizer, Prompt.of(tokenizer), limit)
 
     def chat(self, messages: Sequence[Message], owner: str) -> Layout:
         """Lay a conversation out as the model's chat template does.
@@ -58,9 +67,8 @@ class Wording:
             ApiError: If the template refuses it.
         """
         parts = self._templated(messages) if self.tokenizer.chat_template else self._plainly(messages)
-        with self._lock:
-            begin = self._begin(parts[0].text if parts[0].kind == "template" else "")
-            return self._layout(begin, parts, owner)
+        begin = self._begin(parts[0].text if parts[0].kind == "template" else "")
+        return self._layout(begin, parts, owner)
 
     def about_context(self, messages: Sequence[Message], owner: str) -> Layout:
         """Lay a conversation about a context out, which goes on behind the document.
@@ -76,37 +84,56 @@ class Wording:
                 continue
             label = "" if number else self.prompt.label
             parts += [Part(label + message.text, "user"), Part(self.prompt.closing, "template")]
-        with self._lock:
-            return self._layout([], parts, owner)
+        return self._layout([], parts, owner)
 
     def raw(self, text: str) -> list[int]:
         """Return the ids of a prompt that is given as a whole; special tokens count."""
-        with self._lock:
-            return self._begin(text) + self._template(text)
+        if len(text) > LONG_CHARS:  # it would keep others waiting
+            with self._lock:
+                own = Wording(copy.deepcopy(self.tokenizer), self.prompt, self.limit)
+            return own._begin(text) + own._template(text)
+        return self._begin(text) + self._template(text)
 
     def plain(self, text: str) -> list[int]:
-        """Return the ids of what somebody said; special tokens spelled out in it are plain text."""
-        with self._lock:
-            return self._plain(text)
+        """Return the ids of what somebody said; special tokens spelled out in it are plain text.
+
+        Raises:
+            ApiError: If they are too many.
+        """
+        ids: list[int] = []
+        windows = encode_stream(self.tokenizer, [text])
+        while True:
+            with self._lock:  # for a window, so that a long text keeps nobody waiting
+                more = next(windows, None)
+            if more is None:
+                return ids
+            ids += more
+            self._check(len(ids))
 
     def _layout(self, begin: list[int], parts: Iterable[Part], owner: str) -> Layout:
         ids, ends = list(begin), []
         for part in parts:
-            ids += self._template(part.text) if part.kind == "template" else self._plain(part.text)
+            ids += self._template(part.text) if part.kind == "template" else self.plain(part.text)
+            self._check(len(ids))
             if part.kind == "assistant":
                 ends.append(len(ids))
         return Layout(owner, ids, ends)
 
-    def _template(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+    def _check(self, tokens: int) -> None:
+        if tokens > self.limit:
+            raise too_long(self.limit)
 
-    def _plain(self, text: str) -> list[int]:
-        return [token for ids in encode_stream(self.tokenizer, [text]) for token in ids] if text else []
+    def _template(self, text: str) -> list[int]:
+        if not text:
+            return []
+        with self._lock:
+            return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _begin(self, text: str) -> list[int]:
         """Return the token that begins a text, if the tokenizer wants one and the text does not have it."""
         begin = self.tokenizer.bos_token
-        wants = begin and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+        with self._lock:
+            wants = begin and self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
         return [self.tokenizer.bos_token_id] if wants and not text.startswith(str(begin)) else []
 
     def _templated(self, messages: Sequence[Message]) -> list[Part]:

@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from lococo.documents import encode_stream, read_text
 from lococo.errors import LococoError
-from lococo.serve.answers import NO_STORE
+from lococo.serve.answer_routes import NO_STORE
 from lococo.serve.contexts import Record
 from lococo.serve.failures import ApiError, internal
 from lococo.serve.feed import Feed

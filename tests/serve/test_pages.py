@@ -1,0 +1,88 @@
+"""The page for people, and the API's own description."""
+
+import base64
+import hashlib
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import httpx
+import pytest
+from servers import Running
+
+
+def test_a_page_loads_nothing_from_elsewhere(client: httpx.Client) -> None:
+    for path in ("/", "/docs"):
+        answer = client.get(path)
+        assert answer.status_code == 200
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy
+        assert not re.search(r"(src|href)=\"(https?:)?//|@import|url\(", answer.text)
+        for tag in ("script", "style"):
+            for text in re.findall(rf"<{tag}>(.*?)</{tag}>", answer.text, re.DOTALL):
+                digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+                assert f"'sha256-{digest}'" in policy
+        assert not re.search(r" (on\w+|style)=", answer.text)
+
+
+def test_everything_on_the_page_has_a_name(client: httpx.Client) -> None:
+    text = client.get("/").text
+    tags: list[tuple[str, dict[str, str | None]]] = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))  # type: ignore[method-assign]
+    parser.feed(text)
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    labelled = {attributes["for"] for tag, attributes in tags if tag == "label"}
+    fields = {attributes["id"] for tag, attributes in tags if tag in ("input", "textarea", "select", "meter")}
+    assert fields == labelled
+    # What the script looks for is there, and what it listens to can be reached with a keyboard.
+    assert set(re.findall(r'\$\("([\w-]+)"\)', text)) <= set(ids)
+    assert {tag for tag, attributes in tags if attributes.get("id") in {"read", "ask", "stop", "anew", "forget"}} == {
+        "button"
+    }
+    assert 'name="viewport"' in text
+    assert "prefers-color-scheme: dark" in text
+    assert "<html lang=" in text
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node, which parses the page's script")
+def test_the_script_parses(client: httpx.Client, tmp_path: Path) -> None:
+    (tmp_path / "page.js").write_text(re.search(r"<script>(.*?)</script>", client.get("/").text, re.DOTALL)[1])
+    assert subprocess.run(["node", "--check", str(tmp_path / "page.js")], timeout=30, check=False).returncode == 0
+
+
+@pytest.mark.skipif(
+    not any(shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")),
+    reason="no Chromium, in which the page would be opened",
+)
+def test_the_page_runs_in_a_browser(served: Running, tmp_path: Path) -> None:
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    command += ["--virtual-time-budget=5000", "--dump-dom", f"{served.url}/"]
+    page = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "tiny, 32 slots per layer (mass-merge)" in page
+
+
+def test_the_api_describes_itself(client: httpx.Client) -> None:
+    schema = client.get("/openapi.json").json()
+    assert {
+        "/v1/models",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/contexts",
+        "/v1/contexts/{context_id}",
+        "/v1/contexts/{context_id}/slots",
+        "/health",
+        "/metrics",
+    } <= set(schema["paths"])
+    assert set(schema["paths"]["/v1/contexts"]["post"]["requestBody"]["content"]) == {
+        "application/json",
+        "multipart/form-data",
+    }
+    page = client.get("/docs").text
+    assert all(f"POST {path}" in page for path in ("/v1/chat/completions", "/v1/contexts"))

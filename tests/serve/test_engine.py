@@ -13,7 +13,7 @@ from families import FAMILIES
 from lococo.attachment import attach
 from lococo.prompts import Prompt
 from lococo.reader import stream
-from lococo.serve import engine as engine_module
+from lococo.serve import reading
 from lococo.serve.engine import Engine
 from lococo.serve.failures import ApiError
 from lococo.serve.feed import Feed
@@ -71,13 +71,13 @@ def expected(session: Session, ids: list[int], count: int) -> str:
 
 def slowly(engine: Engine, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     """Let every forward pass of the engine take longer."""
-    fast = engine_module.prefill
+    fast = reading.prefill
 
     def slow(*args: Any) -> Any:
         time.sleep(seconds)
         return fast(*args)
 
-    monkeypatch.setattr("lococo.serve.engine.prefill", slow)
+    monkeypatch.setattr("lococo.serve.reading.prefill", slow)
     monkeypatch.setattr("lococo.serve.batch.prefill", slow)
 
 
@@ -184,6 +184,28 @@ def test_a_fault_in_one_request_does_not_end_the_others(
         patch.setattr("lococo.serve.batch.prefill", lambda *args: 1 / 0)
         assert Asked(engine, [7, 8], 30).error().status == 500
     assert Asked(engine, [7, 8], 30).text() == good.text()
+
+
+@pytest.mark.parametrize("count", [None, 5])
+def test_the_end_of_a_text_may_be_told_after_its_last_token(
+    count: int | None, attached: Session, engine: Engine
+) -> None:
+    engine.start()
+    ids = ids_of(attached, 32 + 16)
+    feed = Feed(ids)
+    one = Asked(engine, ids, count, feed=feed)
+    while not engine.counts.prompt_tokens == len(ids):
+        time.sleep(0.002)
+    assert not one.over.is_set()
+    feed.close()
+    assert one.over.wait(10)
+    if count is None:
+        assert isinstance(one.events[-1], Held)
+        assert one.events[-1].token_ids.tolist() == ids
+    else:
+        assert one.text() == expected(attached, ids, count)
+    empty = Asked(engine, [], count)
+    assert empty.error().code == "empty_prompt"
 
 
 def test_a_document_beyond_the_limit_is_given_up_on_the_way(attached: Session, engine: Engine) -> None:

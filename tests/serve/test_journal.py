@@ -32,7 +32,7 @@ def test_the_log_tells_how_it_went_and_not_what_was_said(
         said = client.post("/v1/chat/completions", json=CHAT | {"messages": [{"role": "user", "content": "A secret!"}]})
         made = client.post("/v1/contexts", json={"text": "A secret!", "name": "secret"})
         client.get("/v1/contexts/a-secret")
-        monkeypatch.setattr("lococo.serve.engine.prefill", lambda *args: {}["A secret!"])
+        monkeypatch.setattr("lococo.serve.reading.prefill", lambda *args: {}["A secret!"])
         assert client.post("/v1/completions", json={"prompt": "A secret!"}).status_code == 500
     text = written.getvalue()
     lines = [json.loads(line) for line in text.splitlines()]

@@ -4,21 +4,20 @@ import logging
 import math
 import threading
 import time
-from array import array
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 
 from lococo.cache import SlotCache, fork, kv_nbytes
 from lococo.errors import LococoError
-from lococo.reader import end_tokens, prefill
+from lococo.reader import end_tokens
 from lococo.serve.answering import Answer
 from lococo.serve.batch import Batch
 from lococo.serve.conversations import Conversations, Turn
-from lococo.serve.failures import ApiError, draining, internal, too_long
-from lococo.serve.jobs import Failed, Finished, Held, Job, Progress, Usage
+from lococo.serve.failures import ApiError, draining, internal
+from lococo.serve.jobs import Failed, Finished, Held, Job, Usage
+from lococo.serve.reading import Counts, Reading
 from lococo.serve.waiting import Waiting
 from lococo.serve.wording import Wording
 from lococo.session import Session
@@ -27,42 +26,6 @@ log = logging.getLogger("lococo.serve")
 
 # The engine looks for requests that were given up at least this often.
 IDLE_SECONDS = 0.5
-
-
-@dataclass
-class Reading:
-    """A prompt or document that is being read.
-
-    Attributes:
-        job: Asked for it.
-        cache: It is read into.
-        before: Ids to read first.
-        ids: Read so far; `cached` others were in the cache before.
-    """
-
-    job: Job
-    cache: SlotCache
-    before: list[int] = field(default_factory=list)
-    ids: "array[int]" = field(default_factory=lambda: array("i"))
-
-    def __post_init__(self) -> None:
-        self.cached = self.cache.seen
-
-    def ready(self) -> bool:
-        """Tell whether a chunk can be read now."""
-        return bool(self.before) or self.job.feed.ready(self.cache.room())
-
-
-@dataclass
-class Counts:
-    """What the engine has done so far, for metrics."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    completion_tokens: int = 0
-    compressions: int = 0
-    steps: int = 0
-    largest_batch: int = 0
 
 
 class Engine:
@@ -262,36 +225,15 @@ class Engine:
                 self.readings.append(reading)
                 continue
             try:
-                if not self._read_chunk(reading):
+                logits = reading.read_chunk(self.session.model, self.counts)
+                if logits is None:
                     self.readings.append(reading)
+                else:
+                    self._finish_reading(reading, logits)
             except Exception as error:
                 self._fail(reading.job, error)
             return True
         return False
-
-    def _read_chunk(self, reading: Reading) -> bool:
-        """Read a chunk; tell whether it was the last one."""
-        job, cache = reading.job, reading.cache
-        room = cache.room()
-        ids = reading.before[:room]
-        reading.before = reading.before[room:]
-        ids += job.feed.take(room - len(ids))
-        if job.feed.error is not None:
-            raise job.feed.error
-        if not ids:
-            raise ApiError(400, "there is nothing to read; expected a text that is not empty", code="empty_prompt")
-        reading.ids.extend(ids)
-        if len(reading.ids) > job.max_tokens_read:
-            raise too_long(job.max_tokens_read)
-        self.counts.compressions += cache.rows.room.count(0)
-        logits = prefill(self.session.model, torch.tensor([ids]), cache)
-        self.counts.prompt_tokens += len(ids)
-        last = job.feed.empty and not reading.before
-        if job.sampling is None:
-            job.tell(Progress(len(reading.ids)))
-        if last:
-            self._finish_reading(reading, logits)
-        return last
 
     def _finish_reading(self, reading: Reading, logits: torch.Tensor) -> None:
         job = reading.job

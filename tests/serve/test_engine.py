@@ -194,7 +194,7 @@ def test_the_end_of_a_text_may_be_told_after_its_last_token(
     ids = ids_of(attached, 32 + 16)
     feed = Feed(ids)
     one = Asked(engine, ids, count, feed=feed)
-    while not engine.counts.prompt_tokens == len(ids):
+    while engine.counts.prompt_tokens != len(ids):
         time.sleep(0.002)
     assert not one.over.is_set()
     feed.close()

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from lococo.serve.alive import kept_alive
 from lococo.serve.failures import ApiError, internal
 from lococo.serve.jobs import Delta, Finished, Layout
 from lococo.serve.pending import ClientGone, Pending, answering
@@ -92,7 +93,7 @@ async def _answered(request: Request, body: AnyAnswer, pending: Pending, shape: 
     if body.stream:
         counted = bool(body.stream_options and body.stream_options.include_usage)
         stream = _Streamed(request, pending, shape, counted)
-        return StreamingResponse(stream.pieces(), media_type="text/event-stream", headers=NO_STORE)
+        return StreamingResponse(kept_alive(stream.pieces()), media_type="text/event-stream", headers=NO_STORE)
     deltas: list[Delta] = []
     async for one in pending.events():
         if isinstance(one, Delta):

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from lococo.documents import encode_stream, read_text
 from lococo.errors import LococoError
+from lococo.serve.alive import kept_alive
 from lococo.serve.answer_routes import NO_STORE
 from lococo.serve.contexts import Record
 from lococo.serve.failures import ApiError, internal
@@ -84,7 +85,7 @@ async def create(request: Request) -> Response:
         raise
     threading.Thread(target=_encode, args=(state, document, feed), name="lococo-reader", daemon=True).start()
     if document.stream:
-        pieces = _progress(request, pending, document.name)
+        pieces = kept_alive(_progress(request, pending, document.name))
         return StreamingResponse(pieces, media_type="text/event-stream", headers=NO_STORE)
     async for record in _read(request, pending, document.name):
         if isinstance(record, Record):

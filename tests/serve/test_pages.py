@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from servers import Running
+from servers import Running, running
+
+from lococo.session import Session
 
 
 def test_a_page_loads_nothing_from_elsewhere(client: httpx.Client) -> None:
@@ -50,10 +53,31 @@ def test_everything_on_the_page_has_a_name(client: httpx.Client) -> None:
     assert "<html lang=" in text
 
 
-@pytest.mark.skipif(shutil.which("node") is None, reason="no node, which parses the page's script")
-def test_the_script_parses(client: httpx.Client, tmp_path: Path) -> None:
-    (tmp_path / "page.js").write_text(re.search(r"<script>(.*?)</script>", client.get("/").text, re.DOTALL)[1])
-    assert subprocess.run(["node", "--check", str(tmp_path / "page.js")], timeout=30, check=False).returncode == 0
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node, in which the page's script would be run")
+def test_the_script_reads_asks_and_shows(attached: Session, tmp_path: Path) -> None:
+    script = Path(__file__).parent / "page_in_node.js"
+    with running(attached, tmp_path, max_new_tokens=200) as one:
+        done = subprocess.run(["node", script, one.url], capture_output=True, text=True, timeout=60, check=False)
+        left = one.state.store.totals()[0]
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    assert seen["model"] == "tiny, 32 slots per layer (mass-merge)"
+    assert re.fullmatch(r"[\d,]+ tokens read, [\d,]+ per second", seen["reading"])
+    assert seen["contexts"][0] == "nothing: just talk"
+    assert seen["contexts"][1].startswith("The quick brown fox jumps over the lazy (")
+    tokens = int(re.search(r"\((\d+) tokens\)", seen["contexts"][1])[1])
+    assert seen["map"] == f"2 layers keep 32 slots of {tokens} tokens"
+    assert [kind for kind, _ in seen["talk"]] == ["asked", "answered"] * 2
+    assert [text for kind, text in seen["talk"] if kind == "asked"] == ["Who?", "And then?"]
+    assert all(len(text) > 100 for kind, text in seen["talk"] if kind == "answered")
+    # The second question went on from the slots of the first answer.
+    assert int(seen["cached"].replace(",", "")) > tokens + 190
+    assert seen["slots"] == "32"
+    assert seen["memory"].startswith("12 KiB, where a full cache would hold ")
+    assert seen["share"] == pytest.approx((32 + 16) / int(seen["seen"].replace(",", "")))
+    assert seen["stopped"] == "Stopped."
+    assert seen["forgotten"] == "No document is chosen"
+    assert left == 0
 
 
 @pytest.mark.skipif(

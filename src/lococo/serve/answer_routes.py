@@ -173,5 +173,6 @@ def _model(state: State) -> dict[str, Any]:
         "owned_by": "lococo",
         "slots": state.session.slots.num_slots,
         "chunk_size": state.session.slots.chunk_size,
+        "max_new_tokens": state.options.max_new_tokens,
         "compressor": getattr(state.session.slots.compressor, "name", "full"),
     }

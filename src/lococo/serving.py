@@ -1,5 +1,7 @@
 """The verb that answers over HTTP; see `verbs.py`."""
 
+from pathlib import Path
+
 from lococo.errors import ArgumentError
 from lococo.options import ModelOptions, SlotOptions, check_extra
 from lococo.serve.options import ServerOptions
@@ -15,9 +17,11 @@ def serve(*, server: ServerOptions, model: ModelOptions, slots: SlotOptions) -> 
     """
     if slots.compressor == "full":
         raise ArgumentError("compressor 'full' grows with every token and cannot be served; choose another")
-    check_extra("serve", "fastapi", "uvicorn", "multipart", "prometheus_client")
-    from lococo.serve.server import run
+    check_extra("serve", "fastapi", "uvicorn", "python_multipart", "prometheus_client")
+    from lococo.serve.keys import Keys
+    from lococo.serve.server import bound, run
     from lococo.session import opened
 
-    with opened(model, slots) as session:
-        run(session, server)
+    keys = None if server.api_keys is None else Keys.read(Path(server.api_keys).expanduser())
+    with bound(server) as line, opened(model, slots) as session:
+        run(session, server, keys, line)

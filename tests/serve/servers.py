@@ -11,8 +11,9 @@ from typing import Any
 
 import httpx
 
+from lococo.serve.keys import Keys
 from lococo.serve.options import ServerOptions
-from lococo.serve.server import Server
+from lococo.serve.server import Server, bound, url_of
 from lococo.serve.state import State, started
 from lococo.session import Session
 
@@ -43,16 +44,16 @@ class Running:
 @contextlib.contextmanager
 def running(session: Session, folder: Path, **options: Any) -> Iterator[Running]:
     settings = ServerOptions(port=0, contexts=str(folder), **options)
-    with started(session, settings) as state:
+    keys = None if settings.api_keys is None else Keys.read(Path(settings.api_keys))
+    with bound(settings) as line, started(session, settings, keys) as state:
         server = Server(state, settings)
-        thread = threading.Thread(target=server.run)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [line]})
         thread.start()
         try:
             while not server.started:
                 assert thread.is_alive()
                 time.sleep(0.005)
-            port = server.servers[0].sockets[0].getsockname()[1]
-            yield Running(server, state, f"http://127.0.0.1:{port}")
+            yield Running(server, state, url_of(line))
         finally:
             server.should_exit = True
             thread.join()

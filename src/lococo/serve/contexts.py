@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lococo.cache import SlotCache
-from lococo.errors import LococoError
+from lococo.errors import FileFormatError, LococoError
 from lococo.inspect_context import Kept, kept_of
 from lococo.serve.failures import ApiError
 from lococo.session import Session
@@ -76,9 +76,7 @@ class ContextStore:
         self._ready: OrderedDict[str, SlotCache] = OrderedDict()
         self._fingerprint = session.slots.fingerprint()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._index = sqlite3.connect(folder / "index.sqlite3", check_same_thread=False, isolation_level=None)
-        self._index.execute("PRAGMA journal_mode=WAL")
-        self._index.execute(SCHEMA)
+        self._index = _opened(folder / "index.sqlite3")
         self._sweep()
 
     def close(self) -> None:
@@ -223,6 +221,18 @@ class ContextStore:
         for path in self.folder.iterdir():
             if ID.match(path.name.lstrip(".")):
                 yield path
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    """Open an index, or begin one."""
+    index = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+    try:
+        index.execute("PRAGMA journal_mode=WAL")
+        index.execute(SCHEMA)
+    except sqlite3.Error as error:
+        index.close()
+        raise FileFormatError(f"{path} cannot be used ({error}); name another folder with --contexts") from error
+    return index
 
 
 FIELDS = "id, name, created, used, tokens, nbytes"

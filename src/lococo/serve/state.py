@@ -45,15 +45,14 @@ class State:
 
 
 @contextlib.contextmanager
-def started(session: Session, options: ServerOptions) -> Iterator[State]:
+def started(session: Session, options: ServerOptions, keys: Keys | None = None) -> Iterator[State]:
     """Start the engine and open the store; stop and close them at the end.
 
     Raises:
-        LococoError: If the session has the full cache, or the keys cannot be read.
+        LococoError: If the session has the full cache, or the contexts' folder cannot be used.
     """
     if session.slots.compressor is None:
         raise LococoError("compressor 'full' grows with every token and cannot be served; choose another")
-    keys = None if options.api_keys is None else Keys.read(Path(options.api_keys).expanduser())
     folder = cache_folder() / "contexts" if options.contexts is None else Path(options.contexts).expanduser()
     store = ContextStore(folder, session, budget=options.contexts_mib * MIB, memory=options.memory_mib * MIB)
     engine = Engine(

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from families import FAMILIES, left_padded, tiny, tokens
+from families import FAMILIES, heads_for, left_padded, tiny, tokens
 from transformers import DynamicCache
 
 import lococo
@@ -408,6 +408,25 @@ def test_rows_join_that_have_come_to_different_places(family, compressor, monkey
         assert batch.rows.tokens == [170, 41, 88, 130]
         assert [row.rows.shifted for row in alone] == [[shifted] for shifted in batch.rows.shifted]
         assert max(batch.rows.shifted) > 0
+
+
+@torch.no_grad()
+def test_changes_of_norms_hold_for_joined_rows_that_hold_slots():
+    model, ids = tiny(), tokens(2, 100)
+    heads = heads_for(model, scale=0.05)
+    heads.norms.delta += 0.2
+    with lococo.attach(model, heads, num_slots=40, chunk_size=16) as slots:
+        alone = [slots.new_cache(), slots.new_cache()]
+        model(ids[:1], past_key_values=alone[0])
+        model(ids[1:, :30], past_key_values=alone[1])
+        assert [cache.slot_layers[0].held for cache in alone] == [[40], [0]]
+        batch = joined(alone)
+        for column in range(30, 70):  # on the way, the second row is compressed for the first time
+            step = ids[:, column : column + 1]
+            logits = model(step, past_key_values=batch).logits
+            expected = [model(step[row : row + 1], past_key_values=alone[row]).logits for row in range(2)]
+            torch.testing.assert_close(logits, torch.cat(expected), atol=2e-4, rtol=0)
+        assert batch.slot_layers[0].held == [40, 40]
 
 
 def assert_rows_are(batch, caches):

@@ -52,8 +52,3 @@ class Conversations:
         while self.nbytes > self.budget and self._turns:
             _, oldest = self._turns.popitem(last=False)
             self.nbytes -= oldest.cache.nbytes
-
-    def forget(self) -> None:
-        """Give all memory back."""
-        self._turns.clear()
-        self.nbytes = 0

@@ -1,10 +1,12 @@
 """The server's end, clients that go away, and the command itself."""
 
+import json
 import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 from commands import WORDS
 from servers import Running, events_of, running
 
+from lococo.serve import batch
 from lococo.session import Session
 
 CHAT = {"messages": [{"role": "user", "content": "Who?"}], "temperature": 0, "max_tokens": 12}
@@ -58,6 +61,23 @@ def test_a_client_that_goes_away_is_not_answered(served: Running) -> None:
         client.post("/v1/chat/completions", json=body, timeout=0.3)
     served.until(lambda: not engine.batch.answers)
     assert engine.counts.completion_tokens < 4000
+
+
+def test_a_request_that_takes_too_long_is_given_up(
+    attached: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = batch.prefill
+    monkeypatch.setattr(batch, "prefill", lambda *args: (time.sleep(0.01), fast(*args))[1])
+    with running(attached, tmp_path, timeout=0.3) as one, one.client() as client:
+        body = CHAT | {"max_tokens": 4000}
+        answer = client.post("/v1/chat/completions", json=body)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
+        # A stream has begun with 200; it ends with the error instead of [DONE].
+        stream = client.post("/v1/chat/completions", json=body | {"stream": True})
+        assert stream.status_code == 200
+        *pieces, last = [json.loads(line[6:]) for line in stream.text.split("\n\n") if line]
+        assert last["error"]["code"] == "timeout"
+        assert sum(bool(piece["choices"][0]["delta"].get("content")) for piece in pieces) > 3
 
 
 def test_too_many_are_told_to_come_back(attached: Session, tmp_path: Path) -> None:

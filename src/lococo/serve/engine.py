@@ -46,7 +46,7 @@ class Engine:
         self.ends = end_tokens(session.model)
         self.conversations = Conversations(conversation_nbytes)
         self.counts = Counts()
-        self.batch = Batch(session.model, self._left, self._failed)
+        self.batch = Batch(session.model, self._left, lambda answer, error: self._fail(answer.job, error))
         self.readings: deque[Reading] = deque()
         self._waiting = Waiting()
         self._changed = threading.Condition()
@@ -280,9 +280,6 @@ class Engine:
 
     def _done(self, job: Job) -> None:
         self._seconds += 0.1 * (time.monotonic() - job.begun - self._seconds)
-
-    def _failed(self, answer: Answer, error: Exception) -> None:
-        self._fail(answer.job, error)
 
     def _fail(self, job: Job, error: Exception) -> None:
         job.feed.close()

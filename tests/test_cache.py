@@ -1,13 +1,14 @@
 import pytest
 import torch
-from families import left_padded, tiny, tokens
+from families import heads_for, left_padded, tiny, tokens
 from transformers import DynamicCache
 
 import lococo
-from lococo.cache import fork
+from lococo.cache import fork, joined, taken
 from lococo.compressors import PAIRS, MassMerge, Selection, SelectMerge
 from lococo.compressors.selections import recency
 from lococo.errors import ArgumentError, LococoError, WindowError
+from lococo.rows import PER_ROW
 from lococo.slot_layer import SlotLayer
 
 LEARNING_FREE = [*PAIRS, "h2o+mass-merge", "streaming-llm+mass-merge"]
@@ -358,3 +359,91 @@ def test_a_fork_goes_on_by_itself(family, compressor):
             cache = slots.new_cache()
             model(ids[:, :70], past_key_values=cache)
             assert torch.equal(model(rest, past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("compressor", LEARNING_FREE)
+@torch.no_grad()
+def test_rows_join_that_have_come_to_different_places(family, compressor, monkeypatch):
+    model, ids, rest = tiny(family), tokens(4, 130), tokens(4, 40, seed=2)
+    monkeypatch.setattr(model.config, "max_position_embeddings", 96)
+    with lococo.attach(model, compressor, slots_per_layer=[40, 45, 33, 42], chunk_size=16) as slots:
+        alone = [slots.new_cache() for _ in range(4)]
+        for row, (cache, length) in enumerate(zip(alone, (130, 1, 48, 90), strict=True)):
+            model(ids[row : row + 1, :length], past_key_values=cache)
+        batch = joined([alone[0], joined(alone[1:3]), alone[3]])
+        assert batch.rows.tokens == [130, 1, 48, 90]
+        assert_rows_are(batch, alone)
+        for column in range(40):  # some of the rows are compressed in steps in which the others are not
+            logits = model(rest[:, column : column + 1], past_key_values=batch).logits
+            expected = [model(rest[i : i + 1, column : column + 1], past_key_values=alone[i]).logits for i in range(4)]
+            torch.testing.assert_close(logits, torch.cat(expected), atol=2e-4, rtol=0)
+        assert batch.rows.tokens == [170, 41, 88, 130]
+        assert [row.rows.shifted for row in alone] == [[shifted] for shifted in batch.rows.shifted]
+        assert max(batch.rows.shifted) > 0
+
+
+@torch.no_grad()
+def test_changes_of_norms_hold_for_joined_rows_that_hold_slots():
+    model, ids = tiny(), tokens(2, 100)
+    heads = heads_for(model, scale=0.05)
+    heads.norms.delta += 0.2
+    with lococo.attach(model, heads, num_slots=40, chunk_size=16) as slots:
+        alone = [slots.new_cache(), slots.new_cache()]
+        model(ids[:1], past_key_values=alone[0])
+        model(ids[1:, :30], past_key_values=alone[1])
+        assert [cache.slot_layers[0].held for cache in alone] == [[40], [0]]
+        batch = joined(alone)
+        for column in range(30, 70):  # on the way, the second row is compressed for the first time
+            step = ids[:, column : column + 1]
+            logits = model(step, past_key_values=batch).logits
+            expected = [model(step[row : row + 1], past_key_values=alone[row]).logits for row in range(2)]
+            torch.testing.assert_close(logits, torch.cat(expected), atol=2e-4, rtol=0)
+        assert batch.slot_layers[0].held == [40, 40]
+
+
+def assert_rows_are(batch, caches):
+    """Each row of the batch holds, bit by bit, what its cache holds."""
+    for row, cache in enumerate(caches):
+        one = taken(batch, [row])
+        assert {name: getattr(one.rows, name) for name in PER_ROW} == {n: getattr(cache.rows, n) for n in PER_ROW}
+        for mine, theirs in zip(one.slot_layers, cache.slot_layers, strict=True):
+            assert mine.filled == theirs.filled
+            for name in SlotLayer.row_tensors:
+                if getattr(theirs, name) is not None:
+                    assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+
+
+@torch.no_grad()
+def test_rows_that_are_taken_out_go_on_by_themselves():
+    model, ids = tiny(), tokens(3, 100)
+    with lococo.attach(model, "h2o+mass-merge", num_slots=40, chunk_size=16) as slots:
+        batch = slots.new_cache()
+        model(ids, past_key_values=batch)
+        before = fork(batch)
+        rows = [taken(batch, [row]) for row in (2, 0)]
+        model(ids[:1, :30], past_key_values=rows[1])
+        assert_rows_are(batch, [taken(before, [row]) for row in range(3)])
+        assert_rows_are(joined([rows[0]]), [taken(before, [2])])
+
+
+@torch.no_grad()
+def test_what_cannot_be_joined_is_refused():
+    model, ids = tiny(), tokens(1, 20)
+    with lococo.attach(model, "h2o", num_slots=40, chunk_size=16) as slots:
+        one, empty = slots.new_cache(), slots.new_cache()
+        model(ids, past_key_values=one)
+        with pytest.raises(ArgumentError, match="empty cache"):
+            joined([one, empty])
+    with lococo.attach(model, "h2o", num_slots=41, chunk_size=16) as slots:
+        other = slots.new_cache()
+        model(ids, past_key_values=other)
+    with pytest.raises(ArgumentError, match="one attachment"):
+        joined([one, other])
+    for family in ("gemma3", "falcon-h1"):
+        model = tiny(family)
+        with lococo.attach(model, "h2o", num_slots=40, chunk_size=16) as slots:
+            other = slots.new_cache()
+            model(ids, past_key_values=other)
+            with pytest.raises(ArgumentError, match="one by one"):
+                joined([other, other])

@@ -18,7 +18,7 @@ class TestHelp:
     def test_the_first_page_lists_every_verb(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.main(["--help"]) == 0
         page = capsys.readouterr().out
-        verbs = "demo,run,compress,ask,chat,inspect,train,extend,merge,ablate,eval,report,bench,plan,convert"
+        verbs = "demo,run,compress,ask,chat,inspect,serve,train,extend,merge,ablate,eval,report,bench,plan,convert"
         assert page.startswith(f"usage: lococo [-h] [--version] {{{verbs}}} ...")
         assert "  eval perplexity   Measure what compression costs" in page
 

@@ -92,6 +92,11 @@ class SlotCache(Cache):
         """The layers that hold slots."""
         return [layer for layer in self.layers if isinstance(layer, SlotLayer)]
 
+    @property
+    def holds_slots_alone(self) -> bool:
+        """Whether every layer holds slots and nothing beside, so that each row is counted by itself."""
+        return all(type(layer) in (SlotLayer, LatentSlotLayer) for layer in self.layers)
+
     def attended(self, layer_idx: int, key: Tensor) -> SlotLayer | None:
         """Return the slot layer whose keys these are: a layer's own, or another's that it shares; None: neither."""
         layer = self.layers[layer_idx]
@@ -123,6 +128,11 @@ class SlotCache(Cache):
     def kv_nbytes(self) -> int:
         """Bytes of keys and values alone."""
         return kv_nbytes(self)
+
+    def is_like(self, other: "SlotCache") -> bool:
+        """Tell whether both read in the same way: with one compressor, as many slots, chunks and positions."""
+        names = ("compressor", "slots_per_layer", "chunk_size", "positions", "window")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def norms_holding(self, *, always: bool = False) -> AbstractContextManager[None]:
         """Let the compressor's changes of norms hold, for rows that hold slots, until the block ends.
@@ -198,7 +208,7 @@ class SlotCache(Cache):
                 self.past.add(Step(before, chunk, rows))
         except BaseException:
             # Slot layers take a chunk back by not counting it; transformers' own layers cannot.
-            self.incomplete = not all(type(layer) in (SlotLayer, LatentSlotLayer) for layer in self.layers)
+            self.incomplete = not self.holds_slots_alone
             raise
         finally:
             for layer in self.slot_layers:
@@ -346,6 +356,42 @@ def fork(cache: Cache) -> Cache:
     made.layers = [
         layer.fork(made.rows) if isinstance(layer, SlotLayer) else copy.deepcopy(layer) for layer in cache.layers
     ]
+    return made
+
+
+def taken(cache: SlotCache, rows: Sequence[int]) -> SlotCache:
+    """Return a cache of these rows of the batch alone, in this order, that goes on by itself."""
+    made = cast(SlotCache, fork(cache))
+    made.batch_select_indices(torch.tensor(list(rows)))
+    return made
+
+
+def joined(caches: Sequence[SlotCache]) -> SlotCache:
+    """Return a cache of the rows of all these, one after the other, that goes on by itself.
+
+    Rows of a batch need not have come equally far, so requests can join others that are being answered.
+
+    Args:
+        caches: Made by one attachment; each has read something.
+
+    Raises:
+        ArgumentError: If they differ in their settings, or hold sliding layers or states, whose rows must have come
+            equally far.
+    """
+    first = caches[0]
+    if not first.holds_slots_alone:
+        raise ArgumentError(
+            "rows of a cache with sliding layers or recurrent states cannot join others; read them one by one"
+        )
+    if not all(one.is_like(first) for one in caches):
+        raise ArgumentError("only caches of one attachment can be joined; make them with one `new_cache`")
+    if not all(one.rows.tokens for one in caches):
+        raise ArgumentError("an empty cache cannot be joined; read something into it first")
+    made = copy.copy(first)
+    made.rows, made.step, made.past = Rows.joined([one.rows for one in caches]), None, None
+    made.incomplete = any(one.incomplete for one in caches)
+    columns = zip(*(one.slot_layers for one in caches), strict=True)
+    made.layers = [SlotLayer.joined(layers, made.rows) for layers in columns]
     return made
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lococo import converting, evaluating, extending, planning, training, verbs
+from lococo import converting, evaluating, extending, planning, serving, training, verbs
 from lococo.errors import ArgumentError, LococoError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "ask": verbs.ask,
     "chat": verbs.chat,
     "inspect": verbs.inspect,
+    "serve": serving.serve,
     "train": training.train,
     "extend": extending.extend,
     "merge": extending.merge,
@@ -59,6 +60,8 @@ METAVARS = {
     "gpu": "NAME",
     "models": "NAME",
     "lora_targets": "NAME",
+    "api_keys": "FILE",
+    "contexts": "DIR",
 }
 NUMBERS = (int, int | None, float, tuple[int, ...])
 

@@ -102,23 +102,43 @@ def _from_template(tokenizer: PreTrainedTokenizerBase) -> Prompt | None:
     return Prompt(tokenizer, opening, label, closing, turn)
 
 
-def text_stream(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> Iterator[str]:
-    """Yield the text of token ids as soon as it is certain; joined it is the text of them all.
+class TextStream:
+    """Token ids in, text out as soon as it is certain.
 
     A character may take several tokens, and what a token reads as depends on the one before it. So each step decodes a
     few tokens with and without the new one, and waits while the text ends in half a character.
     """
-    seen: list[int] = []
-    start = done = 0  # seen[start:done] is given out already, and decoded again for its influence on what follows
 
-    def decode(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self._told: list[int] = []  # given out already, and decoded again for its influence on what follows
+        self._new: list[int] = []
 
+    def push(self, token: int) -> str:
+        """Take a token; return the text that is certain by now, often none."""
+        self._new.append(token)
+        text = self._rest()
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._told, self._new = self._new, []
+        return text
+
+    def finish(self) -> str:
+        """Return what is left at the end, be it half a character."""
+        return self._rest()
+
+    def _rest(self) -> str:
+        return self._decode(self._told + self._new)[len(self._decode(self._told)) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def text_stream(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> Iterator[str]:
+    """Yield the text of token ids as soon as it is certain; joined it is the text of them all."""
+    stream = TextStream(tokenizer)
     for token in ids:
-        seen.append(token)
-        before, text = decode(seen[start:done]), decode(seen[start:])
-        if len(text) > len(before) and not text.endswith("\ufffd"):
-            yield text[len(before) :]
-            start, done = done, len(seen)
-    if rest := decode(seen[start:])[len(decode(seen[start:done])) :]:
+        if text := stream.push(token):
+            yield text
+    if rest := stream.finish():
         yield rest

@@ -173,24 +173,54 @@ def stream(
         raise ArgumentError(
             f"stream() answers one prompt at a time, got a batch of {ids.shape[0]}; use model.generate()"
         )
-    warpers = _warpers(temperature, top_k, top_p)
-    if seed is not None and not 0 <= seed < 1 << 63:
-        raise ArgumentError(f"expected a seed from 0 to 2**63 - 1, got {seed}")
-    no_ids = torch.empty(1, 0, dtype=torch.long)  # these warpers look at the logits alone
-    generator = torch.Generator(model.device)
-    generator.manual_seed(seed) if seed is not None else generator.seed()
-    ends = _end_tokens(model)
+    sampler = Sampler(model.device, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    ends = end_tokens(model)
     logits = prefill(model, ids, cache)
     for _ in range(max_new_tokens):
-        if temperature < LEAST_TEMPERATURE:
-            token = int(logits.argmax())
-        else:
-            probabilities = warpers(no_ids, logits.float()).softmax(-1)  # type: ignore[arg-type]
-            token = int(torch.multinomial(probabilities, 1, generator=generator))
+        token = sampler.pick(logits)
         if token in ends:
             return
         yield token
         logits = prefill(model, torch.tensor([[token]]), cache)
+
+
+class Sampler:
+    """Chooses the next token of one answer, with random numbers of its own.
+
+    Args:
+        device: Where the logits are.
+        temperature: 0 takes the likeliest token.
+        top_k: Sample from this many likeliest tokens; 0 from all.
+        top_p: Sample from the likeliest tokens of this total probability.
+        seed: Repeats the same choices.
+
+    Raises:
+        ArgumentError: If an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+    ) -> None:
+        self.greedy = temperature < LEAST_TEMPERATURE
+        self.warpers = _warpers(temperature, top_k, top_p)
+        if seed is not None and not 0 <= seed < 1 << 63:
+            raise ArgumentError(f"expected a seed from 0 to 2**63 - 1, got {seed}")
+        self.generator = torch.Generator(device)
+        self.generator.manual_seed(seed) if seed is not None else self.generator.seed()
+
+    def pick(self, logits: Tensor) -> int:
+        """Return the token that follows, given its logits (1 v)."""
+        if self.greedy:
+            return int(logits.argmax())
+        no_ids = torch.empty(1, 0, dtype=torch.long)  # these warpers look at the logits alone
+        probabilities = self.warpers(no_ids, logits.float()).softmax(-1)  # type: ignore[arg-type]
+        return int(torch.multinomial(probabilities, 1, generator=self.generator))
 
 
 def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorList:
@@ -208,7 +238,8 @@ def _warpers(temperature: float, top_k: int, top_p: float) -> LogitsProcessorLis
     return warpers
 
 
-def _end_tokens(model: PreTrainedModel) -> set[int]:
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """Return the tokens that end an answer."""
     ends = model.generation_config.eos_token_id
     return set() if ends is None else set(ends) if isinstance(ends, list) else {ends}
 

@@ -44,6 +44,10 @@ class Chunk:
         )
 
 
+# What `Rows` counts of each.
+PER_ROW = ("tokens", "fresh", "room", "next_position", "shifted")
+
+
 class Rows:
     """What the layers share: how far each row of the batch has come.
 
@@ -95,6 +99,15 @@ class Rows:
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows, in this order."""
-        for name in ("tokens", "fresh", "room", "next_position", "shifted"):
+        for name in PER_ROW:
             values = getattr(self, name)
             setattr(self, name, [values[row] for row in rows])
+
+    @staticmethod
+    def joined(all_rows: Sequence["Rows"]) -> "Rows":
+        """Return the rows of all these, one after the other."""
+        made = Rows(all_rows[0].first_room, all_rows[0].chunk_size)
+        made.seen = max(rows.seen for rows in all_rows)
+        for name in PER_ROW:
+            setattr(made, name, [value for rows in all_rows for value in getattr(rows, name)])
+        return made

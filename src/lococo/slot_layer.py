@@ -2,6 +2,7 @@
 
 import copy
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -303,6 +304,18 @@ class SlotLayer(CacheLayerMixin):
         for name in self.row_tensors:
             if (tensor := getattr(self, name)) is not None:
                 setattr(made, name, tensor.clone())
+        return made
+
+    @staticmethod
+    def joined(layers: Sequence["SlotLayer"], rows: Rows) -> "SlotLayer":
+        """Return a layer of the rows of all these, one after the other, which `rows` counts."""
+        made = copy.copy(layers[0])
+        made.rows = rows
+        made.held = [held for layer in layers for held in layer.held]
+        made.carries_mass = any(layer.carries_mass for layer in layers)
+        for name in made.row_tensors:
+            if getattr(made, name) is not None:
+                setattr(made, name, torch.cat([getattr(layer, name) for layer in layers]))
         return made
 
     def detach(self) -> None:

@@ -1,0 +1,95 @@
+"""The application: routes, errors in OpenAI's shape, and what stands before them."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from lococo import __version__
+from lococo.serve import answer_routes, context_routes, pages
+from lococo.serve.failures import ApiError, internal
+from lococo.serve.gate import Gate
+from lococo.serve.journal import Journal
+from lococo.serve.options import MIB
+from lococo.serve.pending import ClientGone
+from lococo.serve.state import State, state_of
+
+GONE = 499  # what nginx calls it; nobody reads it but the log
+
+
+def make_app(state: State) -> FastAPI:
+    """Return the application of a server.
+
+    Args:
+        state: Its parts, started.
+    """
+    app = FastAPI(title="lococo", version=__version__, docs_url=None, redoc_url=None)
+    app.state.lococo = state
+    app.include_router(answer_routes.router)
+    app.include_router(context_routes.router)
+    app.get("/health", summary="Tell whether requests are taken")(health)
+    app.get("/metrics", summary="Figures for Prometheus", response_class=Response)(metrics)
+    app.get("/", include_in_schema=False)(page)
+    app.get("/docs", include_in_schema=False)(docs)
+    app.add_exception_handler(ApiError, _told)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(ClientGone, _gone)
+    app.add_exception_handler(Exception, _failed)
+    # The last one added is the first to see a request.
+    options = state.options
+    app.add_middleware(
+        Gate,
+        keys=state.keys,
+        max_body=options.max_body_mib * MIB,
+        max_requests=options.max_batch + options.max_queue,
+    )
+    app.add_middleware(Journal, counted=state.metrics.counted)
+    return app
+
+
+async def health(request: Request) -> JSONResponse:
+    """Return 200 while requests are taken, 503 while the server shuts down."""
+    engine = state_of(request).engine
+    status = "draining" if engine.is_draining else "ok" if engine.is_alive else "failed"
+    return JSONResponse({"status": status, "version": __version__}, 200 if status == "ok" else 503)
+
+
+async def metrics(request: Request) -> Response:
+    """Return what the server has done and holds."""
+    return Response(state_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def page(request: Request) -> HTMLResponse:
+    """Return the page for people."""
+    return HTMLResponse(pages.INDEX, headers=pages.HEADERS)
+
+
+async def docs(request: Request) -> HTMLResponse:
+    """Return the API's description as a page that loads nothing from elsewhere."""
+    return HTMLResponse(pages.docs(request.app.openapi()), headers=pages.HEADERS)
+
+
+async def _told(request: Request, error: Any) -> JSONResponse:
+    return JSONResponse(error.body(), error.status, error.reply_headers())
+
+
+async def _invalid(request: Request, error: Any) -> JSONResponse:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"][1:]) or None
+    message = f"{place or 'the body'}: {first['msg']}"
+    return await _told(request, ApiError(400, message, code=first["type"], param=place))
+
+
+async def _refused(request: Request, error: Any) -> JSONResponse:
+    return await _told(request, ApiError(error.status_code, str(error.detail)))
+
+
+async def _gone(request: Request, error: Any) -> Response:
+    return Response(status_code=GONE)
+
+
+async def _failed(request: Request, error: Any) -> JSONResponse:
+    return await _told(request, internal())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from commands import WORDS, save_llama, tokenizer_of
 from families import FAMILIES
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from lococo.attachment import attach
 from lococo.prompts import Prompt
@@ -267,9 +268,9 @@ def test_conversations_stay_within_their_memory(attached: Session) -> None:
 
 def test_models_with_sliding_layers_are_answered_row_by_row() -> None:
     tokenizer = tokenizer_of(WORDS)
-    config_class, model_class, settings = FAMILIES["gemma3"]
+    settings = FAMILIES["gemma3"].settings | {"vocab_size": len(tokenizer)}
     torch.manual_seed(0)
-    model = model_class(config_class(**(settings | {"vocab_size": len(tokenizer)}))).eval()
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**settings)).eval()
     with attach(model, "h2o", num_slots=32, chunk_size=16) as slots:
         session = Session(model, tokenizer, slots, Prompt.of(tokenizer))
         engine = Engine(session, max_batch=4, max_queue=4, conversation_nbytes=1 << 30)

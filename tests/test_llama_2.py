@@ -16,8 +16,8 @@ from lococo.bench.plan import known_config, plan
 from lococo.compressors.base import SelectMerge
 from lococo.compressors.paper import PaperHeads
 from lococo.errors import UnsupportedModelError
-from lococo.train.loop import new_heads
 from lococo.train.recipe import Recipe
+from lococo.train.trained import new_heads
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SHAPES = {"meta-llama/Llama-2-7b-hf": (32, 32, 6_738_415_616), "meta-llama/Llama-2-13b-hf": (40, 40, 13_015_864_320)}

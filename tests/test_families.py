@@ -83,7 +83,7 @@ def test_keys_rotate_back_to_what_they_were_without_a_position(family):
         assert not torch.allclose(found[0][0], found[1][0], atol=1e-3)
         return
     for here, there in zip(*found, strict=True):
-        torch.testing.assert_close(here, there, atol=5e-4, rtol=0)
+        torch.testing.assert_close(here, there, atol=2e-4, rtol=0)
 
 
 @families
@@ -97,7 +97,7 @@ def test_a_left_padded_row_reads_as_it_does_alone(family):
         assert min((read - 24 - 1) // 16 for read in cache.rows.tokens) >= 3
         for row, pad in ((1, 37), (2, 57)):
             alone = model(ids[row : row + 1, pad:], past_key_values=slots.new_cache()).logits[0]
-            torch.testing.assert_close(together[row, pad:], alone, atol=5e-4, rtol=0)
+            torch.testing.assert_close(together[row, pad:], alone, atol=2e-4, rtol=0)
 
 
 @families

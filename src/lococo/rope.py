@@ -40,7 +40,7 @@ class Rotary:
         """Find the decoder's rotary embedding, and by a probe what each layer turns with it.
 
         Args:
-            decoder: The base model (`model.base_model`), whose modelling file also holds `apply_rotary_pos_emb`.
+            decoder: The base model (`model.get_decoder()`), whose modelling file also holds `apply_rotary_pos_emb`.
             probe: Of that decoder; None makes one.
 
         Raises:

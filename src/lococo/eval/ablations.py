@@ -138,7 +138,7 @@ def run(
     output.mkdir(parents=True, exist_ok=True)
     kept = Results(output / "measured.jsonl")
     for ablation in ablations:
-        key = key_of(fixed | _made_with(ablation))
+        key = key_of(fixed | _made_with(ablation, model))
         count = len(domains(data)) * len(ablation.use.num_slots)
         results.together(key, count, partial(_measured, ablation, model, tokenizer, data, output, kept, say))
 
@@ -149,11 +149,14 @@ def _text(data: Path) -> list[tuple[str, int]]:
     return [(path.relative_to(data).as_posix(), path.stat().st_size) for path in files]
 
 
-def _made_with(ablation: Ablation) -> Row:
+def _made_with(ablation: Ablation, model: PreTrainedModel) -> Row:
     """Return all of a row that its figures depend on; what it is called as well, since rows carry it."""
-    recipe = None if ablation.recipe is None else vars(ablation.recipe)
-    how = {"methods": compressors.METHODS, "heads": LearnedHeads.revision}
-    return vars(ablation) | how | {"recipe": recipe, "use": vars(ablation.use)}
+    use, how = ablation.use, {"methods": compressors.METHODS, "heads": LearnedHeads.revision}
+    if ablation.recipe is not None:
+        return vars(ablation) | how | {"recipe": vars(ablation.recipe), "use": vars(use)}
+    # A folder of heads may hold others by the next time.
+    attached = attach(model, ablation.compressor, num_slots=use.num_slots[0], chunk_size=use.chunk_size)
+    return vars(ablation) | how | {"of": attached.fingerprint(), "use": vars(use)}
 
 
 def _measured(

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lococo import converting, evaluating, extending, planning, serving, training, verbs
+from lococo import benching, converting, evaluating, extending, planning, serving, training, verbs
 from lococo.errors import ArgumentError, LococoError
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval suite": evaluating.eval_suite,
     "eval inside": evaluating.eval_inside,
     "report": evaluating.report,
-    "bench": evaluating.bench,
+    "bench": benching.bench,
     "plan": planning.plan,
     "convert chatglm3": converting.convert_chatglm3,
 }

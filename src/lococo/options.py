@@ -5,9 +5,11 @@ Every field is a flag of the same name with dashes, and its line below is the fl
 
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lococo.errors import ArgumentError
+from lococo.files import output_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -111,6 +113,18 @@ def check_extra(extra: str, *packages: str) -> None:
     """
     if missing := [name for name in packages if not _installed(name)]:
         raise ArgumentError(f"this needs {', '.join(missing)}; install `lococo[{extra}]`")
+
+
+def plot_file(plot: str | None) -> Path | None:
+    """Return where a plot goes, if one is wanted.
+
+    Raises:
+        ArgumentError: If it cannot be written there, or not drawn for want of matplotlib.
+    """
+    if plot is None:
+        return None
+    check_extra("eval", "matplotlib")
+    return output_file(plot)
 
 
 def _installed(name: str) -> bool:

@@ -8,8 +8,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from lococo.files import check_exists, output_file, output_of_texts, training_folder
-from lococo.options import ModelOptions, check_at_least_one, check_extra
+from lococo.files import check_exists, output_of_texts, training_folder
+from lococo.options import ModelOptions, check_at_least_one, check_extra, plot_file
 from lococo.results import results_file
 from lococo.train.processes import first_process
 from lococo.train.recipe import TRAINING_DOCUMENTS, Recipe
@@ -83,12 +83,10 @@ def ablate(table: str, *, data: str, output: str, json: str, plot: str | None = 
     path = Path(table).expanduser()
     check_exists(path, "a table of ablations in YAML")
     target = output_of_texts(data, json)
-    picture = None if plot is None else output_file(plot)
+    picture = plot_file(plot)
     from rich.console import Console
 
     check_extra("train", "accelerate")
-    if picture is not None:
-        check_extra("eval", "matplotlib")
     from lococo.eval import ablations, plots
     from lococo.eval.tables import ablation_table
 

@@ -56,3 +56,11 @@ def book(tmp_path: Path) -> Path:
     path = tmp_path / "book.txt"
     path.write_text(WORDS * 5, encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of their own for what is converted."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("LOCOCO_CACHE", str(folder))
+    return folder

@@ -6,8 +6,8 @@ from tokenizers import pre_tokenizers
 from tokenizers_of_kinds import sentencepiece_of
 from transformers import PreTrainedTokenizerFast
 
-from lococo.documents import encode_stream
 from lococo.prompts import Prompt, text_stream
+from lococo.tokenization import encode_stream
 
 
 def test_half_a_character_waits_for_its_other_half() -> None:

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lococo.atomic import write_atomically
 from lococo.attachment import attach, slot_layer_indices, window_of
 from lococo.cached import cache_folder
-from lococo.documents import demo_text, encode_stream
+from lococo.documents import demo_text
 from lococo.errors import ArgumentError
 from lococo.reader import read
 from lococo.shares import shares
+from lococo.tokenization import encode_stream
 
 BUDGETS = ("own", "uniform", "pyramid", "calibrated")
 

@@ -7,8 +7,9 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from lococo.documents import encode_stream, read_text
+from lococo.documents import read_text
 from lococo.errors import DocumentError
+from lococo.tokenization import encode_stream
 
 # Files that describe a corpus.
 DESCRIPTIONS = ("SOURCE", "LICENSE", "README")

@@ -292,9 +292,9 @@ def eval_inside(
     text = text_of(file)
     from itertools import chain, islice
 
-    from lococo.documents import encode_stream
     from lococo.eval import inside, plots
     from lococo.progress import counting
+    from lococo.tokenization import encode_stream
 
     loaded, tokenizer = model.load()
     ids = list(islice(chain.from_iterable(encode_stream(tokenizer, text.pieces)), tokens))

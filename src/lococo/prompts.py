@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lococo.documents import anchor_of, encode_stream
+from lococo.tokenization import anchor_of, encode_stream
 
 DOCUMENT, QUESTION, ANSWER = "lococo-document-mark", "lococo-question-mark", "lococo-answer-mark"
 

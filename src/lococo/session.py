@@ -16,15 +16,16 @@ from lococo import compressors
 from lococo.attachment import Attachment, attach, slot_layer_indices, window_of
 from lococo.budgets import slots_for
 from lococo.cache import SlotCache, kv_nbytes
-from lococo.documents import encode_stream
+from lococo.default_model import DEFAULT_MODEL
 from lococo.errors import ArgumentError, FileFormatError, ModelError, WindowError
 from lococo.files import Text
-from lococo.models import DEFAULT_MODEL, model_id
+from lococo.models import model_id
 from lococo.options import AnswerOptions, ModelOptions, SlotOptions
 from lococo.progress import reading
 from lococo.prompts import Prompt, text_stream
 from lococo.reader import prefill, stream
 from lococo.storage import ContextInfo, describe_context, load_context
+from lococo.tokenization import encode_stream
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 

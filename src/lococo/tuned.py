@@ -79,8 +79,8 @@ def save_tuned(
     import safetensors.torch
 
     from lococo.compressors.heads import save_heads
+    from lococo.default_model import DEFAULT_HUB_COPY
     from lococo.facts import ModelFacts
-    from lococo.models import DEFAULT_HUB_COPY
 
     folder.mkdir(parents=True, exist_ok=True)
     state = {PREFIX + name: tensor for name, tensor in peft.get_peft_model_state_dict(model).items()}

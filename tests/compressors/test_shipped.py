@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lococo
 from lococo.compressors.heads import load_heads
 from lococo.compressors.learned import LearnedHeads
+from lococo.default_model import DEFAULT_MODEL
 
 FOLDERS = sorted((Path(lococo.__file__).parent / "heads").glob("*/config.json"))
 
@@ -69,4 +70,4 @@ def test_a_model_of_the_same_shape_takes_them_by_default(folder):
 
 
 def test_the_default_model_has_heads():
-    assert [file.parent.name for file in FOLDERS] == [lococo.models.DEFAULT_MODEL]
+    assert [file.parent.name for file in FOLDERS] == [DEFAULT_MODEL]

@@ -196,8 +196,9 @@ def measure(setting: Setting, ids: Sequence[int]) -> Row:
 
 def prompt(model: str | None, length: int) -> list[int]:
     """Return so many tokens of the demo's text, again and again."""
-    from lococo.documents import demo_text, encode_stream
+    from lococo.documents import demo_text
     from lococo.models import load_tokenizer
+    from lococo.tokenization import encode_stream
 
     tokenizer, text = load_tokenizer(model), demo_text()
     pieces = (piece for _ in itertools.count() for piece in encode_stream(tokenizer, [text]))

@@ -17,12 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lococo.attachment import Attachment, attach, window_of
 from lococo.cache import Positions
 from lococo.corpora import domains, texts_of
-from lococo.documents import encode_stream
 from lococo.errors import ArgumentError, DocumentError
 from lococo.eval.perplexity import interval
 from lococo.models import model_id
 from lococo.reader import score
 from lococo.results import Results, Row, key_of
+from lococo.tokenization import encode_stream
 
 # Rows that are alike in these are of documents that are put together.
 SAME = ("task", "model", "domain", "compressor", "num_slots", "chunk_size", "positions")

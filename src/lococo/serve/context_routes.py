@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from lococo.documents import encode_stream, read_text
+from lococo.documents import read_text
 from lococo.errors import LococoError
 from lococo.serve.alive import kept_alive
 from lococo.serve.answer_routes import NO_STORE
@@ -28,6 +28,7 @@ from lococo.serve.schema import ContextRequest
 from lococo.serve.shapes import DONE, event
 from lococo.serve.state import State, note, state_of, tenant_of
 from lococo.serve.wording import Wording
+from lococo.tokenization import encode_stream
 
 router = APIRouter(prefix="/v1/contexts")
 SUFFIXES = {".html", ".htm", ".pdf"}  # others are read as text

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from lococo.documents import encode_stream
 from lococo.prompts import Prompt
 from lococo.serve.failures import ApiError, too_long
 from lococo.serve.jobs import Layout
 from lococo.session import Session
+from lococo.tokenization import encode_stream
 
 LONG_CHARS = 1 << 18
 

@@ -27,7 +27,7 @@ from lococo.compressors.base import Compressor
 from lococo.errors import ArgumentError, LococoError
 from lococo.latent_layer import LatentSlotLayer
 from lococo.norms import norms_of
-from lococo.past import Past, Step
+from lococo.past import Past, Step, is_windowed
 from lococo.rope import Rotary
 from lococo.rows import Chunk, Rows
 from lococo.slot_layer import SlotLayer
@@ -286,8 +286,8 @@ class SlotCache(Cache):
             return None
         before = cast(SlotCache, fork(self))
         for layer in self.layers:
-            if isinstance(layer, DynamicLayer) and layer.is_initialized:
-                layer.crop(0)  # the copy holds what a sliding layer lets go here
+            if is_windowed(layer):
+                layer.crop(0)  # the copy holds what it lets go here
         return before
 
     def crop(self, tokens_to_remove: int) -> None:

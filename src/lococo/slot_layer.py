@@ -233,7 +233,8 @@ class SlotLayer(CacheLayerMixin):
             return
         query, self.mass = self.latest
         self.chunk = beginning
-        self.observe(query[:, :, : beginning.length], self.scaling, self.softcap)
+        sinks = None if self.sinks is None else self.sinks.flatten()
+        self.observe(query[:, :, : beginning.length], self.scaling, self.softcap, sinks)
         self.chunk_read()
         self.chunk = self.pending_mass = None
 

@@ -324,6 +324,8 @@ class _ReadingInChunks:
 def _read_columns(forward: Callable[..., Any], steps: Steps | None, cache: SlotCache, arguments: dict[str, Any]) -> Any:
     inputs: Tensor = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
     batch, columns = inputs.shape[:2]
+    if not columns:
+        raise ArgumentError("expected at least one token to read, got none; give a prompt that is not empty")
     seen = cache.rows.seen
     real = _real_columns(arguments.get("attention_mask"), batch, columns, seen)
     position_ids = arguments.get("position_ids")
@@ -395,8 +397,17 @@ def _join(outputs: list[Any]) -> Any:
     joined: ModelOutput = outputs[-1]
     if getattr(joined, "attentions", None) is not None:
         raise ArgumentError("attention maps over slots have a width of their own in every chunk; read chunk by chunk")
+    batch = joined.last_hidden_state.shape[0]
     joined["last_hidden_state"] = torch.cat([output.last_hidden_state for output in outputs], 1)
     if getattr(joined, "hidden_states", None) is not None:
         layers = zip(*(output.hidden_states for output in outputs), strict=True)
-        joined["hidden_states"] = tuple(torch.cat(layer, 1) for layer in layers)
+        joined["hidden_states"] = tuple(torch.cat(layer, -2) for layer in layers)  # Gemma 3n has (4 b q d) within
+    if getattr(joined, "router_logits", None) is not None:
+        routers = zip(*(output.router_logits for output in outputs), strict=True)
+        joined["router_logits"] = tuple(_join_rows(router, batch) for router in routers)
     return joined
+
+
+def _join_rows(parts: Sequence[Tensor], batch: int) -> Tensor:
+    """Put together what models of experts return of a chunk with rows and columns in one dimension, (b*q e)."""
+    return torch.cat([part.unflatten(0, (batch, -1)) for part in parts], 1).flatten(0, 1)

@@ -262,7 +262,8 @@ def slot_layer_indices(model: PreTrainedModel) -> list[int]:
         raise UnsupportedModelError(
             f"{kind} keeps a recurrent state, not a key/value cache; there is nothing to compress"
         )
-    layers = [i for i, layer in enumerate(DynamicCache(config=model.config).layers) if grows(layer)]
+    window = window_of(model)
+    layers = [i for i, layer in enumerate(DynamicCache(config=model.config).layers) if grows(layer, window)]
     if not layers:
         raise UnsupportedModelError(
             f"no layer of {kind} has a cache that grows with the text (all are sliding or recurrent); "

@@ -19,6 +19,7 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DummyLayer,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
 )
 
@@ -80,7 +81,7 @@ class SlotCache(Cache):
         budgets = iter(slots_per_layer)
 
         def made(i: int, layer: Any) -> Any:
-            if not grows(layer):
+            if not grows(layer, window):
                 return StateLayer(layer.number_of_states) if is_state(layer) else layer
             kind = LatentSlotLayer if i in rotary.latent else StateSlotLayer if has_state(layer) else SlotLayer
             return kind(i, next(budgets), chunk_size, compressor, self.rows, rotary.of_layer(i))
@@ -401,6 +402,13 @@ def kv_nbytes(cache: Cache) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-def grows(layer: object) -> bool:
-    """Tell whether a layer of transformers' DynamicCache keeps every token, so that slots can take its place."""
+def grows(layer: object, window: int | None) -> bool:
+    """Tell whether a layer of transformers' DynamicCache keeps every token, so that slots can take its place.
+
+    Args:
+        layer: Of that cache.
+        window: Positions the model was trained for; a sliding window that is no smaller never slides within them.
+    """
+    if type(layer) is DynamicSlidingWindowLayer:
+        return window is not None and layer.sliding_window >= window
     return type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)

@@ -208,6 +208,17 @@ def test_hidden_states_of_a_call_are_those_of_the_full_cache(family):
         torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_inputs_per_layer_are_cut_with_their_columns():
+    # Gemma 3n with an image hands them to the language model within, beside embeddings.
+    model, ids, found = tiny("gemma3n").model, tokens(1, 60), []
+    inputs = {"inputs_embeds": model.embed_tokens(ids), "per_layer_inputs": model.get_per_layer_inputs(ids)}
+    with lococo.attach(model, "mass-merge", num_slots=60, chunk_size=16) as slots:
+        for each in ({"input_ids": ids}, inputs):
+            found.append(model(**each, past_key_values=slots.new_cache()).last_hidden_state)
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "gpt-oss"])
 @torch.no_grad()
 def test_experts_are_balanced_over_the_whole_call(family):
@@ -217,9 +228,7 @@ def test_experts_are_balanced_over_the_whole_call(family):
     found = []
     for compressor in ("full", "mass-merge"):
         with lococo.attach(model, compressor, num_slots=60, chunk_size=16) as slots:
-            found.append(
-                model(ids, attention_mask=mask, past_key_values=slots.new_cache(), output_router_logits=True)
-            )
+            found.append(model(ids, attention_mask=mask, past_key_values=slots.new_cache(), output_router_logits=True))
     full, read = found
     for here, there in zip(full.router_logits, read.router_logits, strict=True):
         torch.testing.assert_close(here[mask.flatten() > 0], there[mask.flatten() > 0], atol=1e-3, rtol=1e-3)

@@ -15,6 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from lococo import attention, compressors
+from lococo.around import Around
 from lococo.cache import Positions, SlotCache, grows
 from lococo.compressors import Compressor, Shape
 from lococo.errors import ArgumentError, LococoError, UnsupportedModelError, WindowError
@@ -128,7 +129,9 @@ class Attachment:
         config._attn_implementation = attention.register(implementation)
         forward = self.decoder.forward
         steps = Steps(forward) if self.compiled else None
-        undo.append(_replace_forward(self.decoder, _ReadingInChunks(forward, self.decoder, steps)))
+        around = Around(self.model, self.decoder)
+        undo.append(around.watch())
+        undo.append(_replace_forward(self.decoder, _ReadingInChunks(forward, self.decoder, steps, around)))
         head = self.model.get_output_embeddings()
         if self.compiled and type(head) is nn.Linear:
             undo.append(_replace_forward(head, partial(_logits, head.forward, head)))
@@ -295,10 +298,13 @@ def _check_attention(kind: str, probe: Probe, layers: list[int], chunk_size: int
 class _ReadingInChunks:
     """The decoder's forward, reading a call with a SlotCache chunk by chunk, whatever its length."""
 
-    def __init__(self, forward: Callable[..., Any], decoder: PreTrainedModel, steps: Steps | None) -> None:
+    def __init__(
+        self, forward: Callable[..., Any], decoder: PreTrainedModel, steps: Steps | None, around: Around
+    ) -> None:
         self.forward = forward
         self.decoder = decoder
         self.steps = steps
+        self.around = around
         self.__signature__ = inspect.signature(forward)  # generate() looks at it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -314,7 +320,7 @@ class _ReadingInChunks:
                 "transformers drops the cache under gradient checkpointing, so nothing can be read in slots; "
                 "call model.gradient_checkpointing_disable()"
             )
-        return _read_columns(self.forward, self.steps, cache, arguments)
+        return _read_columns(self.forward, self.steps, cache, arguments | self.around.plain(arguments))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise LococoError(
@@ -353,7 +359,7 @@ def _read_columns(forward: Callable[..., Any], steps: Steps | None, cache: SlotC
 INPUTS = ("input_ids", "inputs_embeds")
 
 # Arguments with one entry per column of the call.
-PER_COLUMN = (*INPUTS, "token_type_ids")
+PER_COLUMN = (*INPUTS, "token_type_ids", "per_layer_inputs")
 
 
 def _cut(name: str, value: Any, start: int, stop: int, seen: int) -> Any:
@@ -398,7 +404,7 @@ def _join(outputs: list[Any]) -> Any:
     joined: ModelOutput = outputs[-1]
     if getattr(joined, "attentions", None) is not None:
         raise ArgumentError("attention maps over slots have a width of their own in every chunk; read chunk by chunk")
-    batch = joined.last_hidden_state.shape[0]
+    batch = outputs[-1].last_hidden_state.shape[0]
     joined["last_hidden_state"] = torch.cat([output.last_hidden_state for output in outputs], 1)
     if getattr(joined, "hidden_states", None) is not None:
         layers = zip(*(output.hidden_states for output in outputs), strict=True)

@@ -9,9 +9,9 @@ chunk, and thrown away as soon as `crop` has told what stays.
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeGuard
 
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from lococo.errors import LococoError
 from lococo.rows import Chunk, Rows
@@ -91,11 +91,11 @@ def _keep_beginning(cache: "SlotCache", step: Step, columns: int) -> None:
     cache.rows.advance(beginning)
 
 
-def is_windowed(layer: Any) -> bool:
+def is_windowed(layer: object) -> TypeGuard[DynamicLayer | LinearAttentionLayer]:
     """Tell whether a layer of transformers' own holds the latest tokens, of which it can forget the last.
 
     Sliding layers do, and so do convolutions (LFM 2), unless a recurrent state stands beside them.
     """
-    if has_state(layer):
-        return is_state(layer) and bool(layer.is_croppable)
+    if isinstance(layer, LinearAttentionLayer):
+        return is_state(layer) and layer.is_croppable
     return isinstance(layer, DynamicLayer) and layer.is_initialized

@@ -196,6 +196,18 @@ def test_a_prompt_without_tokens_is_refused():
             model.generate(none, past_key_values=slots.new_cache(), max_new_tokens=2)
 
 
+@torch.no_grad()
+def test_a_compiled_model_reads_what_it_reads_uncompiled():
+    model, ids, written = copy.deepcopy(tiny()), tokens(1, 60), []
+    for compiled in (False, True):
+        if compiled:
+            model.compile(backend="eager")
+        with lococo.attach(model, "mass-merge", num_slots=24, chunk_size=16) as slots:
+            cache = slots.new_cache()
+            written.append(model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False))
+    assert torch.equal(*written)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3n"])
 @torch.no_grad()
 def test_hidden_states_of_a_call_are_those_of_the_full_cache(family):

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
@@ -305,6 +306,10 @@ class _ReadingInChunks:
         self.decoder = decoder
         self.steps = steps
         self.around = around
+        self.read = _read_columns
+        if steps is None and "torch._dynamo" in sys.modules:
+            # A compiled model would trace buffers that are filled from another place in each call.
+            self.read = torch.compiler.disable(_read_columns)
         self.__signature__ = inspect.signature(forward)  # generate() looks at it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -320,7 +325,7 @@ class _ReadingInChunks:
                 "transformers drops the cache under gradient checkpointing, so nothing can be read in slots; "
                 "call model.gradient_checkpointing_disable()"
             )
-        return _read_columns(self.forward, self.steps, cache, arguments | self.around.plain(arguments))
+        return self.read(self.forward, self.steps, cache, arguments | self.around.plain(arguments))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise LococoError(

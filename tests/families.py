@@ -40,6 +40,9 @@ SMALL = {
     "pad_token_id": None,
 }
 SLIDING = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"] * 2}
+# Wider than the model's window, so that nothing ever slides out of it: what the configs of Phi 3.5 and Phi 4 mini have.
+WIDE = {"sliding_window": 2 * WINDOW}
+NARROW = {"sliding_window": 16}
 WITHOUT_HEAD_DIM = {key: value for key, value in SMALL.items() if key != "head_dim"}
 
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -92,6 +95,7 @@ SLIDES = "sliding layers keep their cache"
 STATE = "attention in slots, the recurrent state untouched"
 MIXED = "mixture of experts"
 ITSELF = "computes attention by itself"
+CONSTANT = "refused: all layers slide, its memory is constant already"
 
 EVERY: dict[str, Family] = {
     "llama": Family("Llama 2, SmolLM2", "Llama", SMALL),
@@ -137,16 +141,17 @@ EVERY: dict[str, Family] = {
         "the last layers look into the slots of earlier ones",
     ),
     "phi": Family("Phi 1 and 2", "Phi", WITHOUT_HEAD_DIM | {"partial_rotary_factor": 0.5}),
-    "phi3": Family("Phi 3", "Phi3", WITHOUT_HEAD_DIM),
+    "phi3": Family("Phi 4", "Phi3", WITHOUT_HEAD_DIM),
     "phi3-longrope": Family(
-        "Phi 3 128k",
+        "Phi 3 128k, Phi 3.5",
         "Phi3",
         WITHOUT_HEAD_DIM
+        | WIDE
         | {"max_position_embeddings": WINDOW, "original_max_position_embeddings": 256}
         | {"rope_parameters": LONGROPE | {"factor": 4.0, "original_max_position_embeddings": 256}},
         "read within the original window",
     ),
-    "phi4": Family("Phi 4 mini", "Phi3", WITHOUT_HEAD_DIM | {"partial_rotary_factor": 0.5}),
+    "phi4": Family("Phi 4 mini", "Phi3", WITHOUT_HEAD_DIM | WIDE | {"partial_rotary_factor": 0.5}),
     "glm": Family("GLM 4 (9B)", "Glm", SMALL),
     "glm4": Family("GLM 4 (0414)", "Glm4", SMALL),
     "granite": Family("Granite 3", "Granite", WITHOUT_HEAD_DIM | {"attention_multiplier": 0.3}),
@@ -180,7 +185,9 @@ EVERY: dict[str, Family] = {
     ),
     "smollm3": Family("SmolLM3", "SmolLM3", WITHOUT_HEAD_DIM | {"no_rope_layers": [1, 0, 1, 1]}, "layers without RoPE"),
     "exaone4": Family("EXAONE 4", "Exaone4", SMALL | SLIDING, f"{SLIDES}, the others have no RoPE"),
-    "starcoder2": Family("StarCoder 2", "Starcoder2", WITHOUT_HEAD_DIM | {"sliding_window": None}),
+    "starcoder2": Family(
+        "StarCoder 2 tuned without its sliding window", "Starcoder2", WITHOUT_HEAD_DIM | {"sliding_window": None}
+    ),
     "falcon-h1": Family("Falcon H1", "FalconH1", SMALL | MAMBA | {"mamba_d_ssm": 48, "mamba_d_head": 12}, STATE),
     "lfm2": Family("LFM 2", "Lfm2", WITHOUT_HEAD_DIM | {"layer_types": ["conv", "full_attention"] * 2}, STATE),
     "gpt-neox": Family(
@@ -227,12 +234,10 @@ EVERY: dict[str, Family] = {
     "nemotron": Family(
         "Nemotron", "Nemotron", SMALL, "refused: hands attention no arguments", refused="passes no arguments on"
     ),
-    "mistral-sliding": Family(
-        "Mistral 0.1",
-        "Mistral",
-        SMALL | {"sliding_window": 16},
-        "refused: all layers slide, its memory is constant already",
-        refused="constant already",
+    "mistral-sliding": Family("Mistral 0.1", "Mistral", SMALL | NARROW, CONSTANT, refused="constant already"),
+    "phi3-4k": Family("Phi 3 4k", "Phi3", WITHOUT_HEAD_DIM | NARROW, CONSTANT, refused="constant already"),
+    "starcoder2-sliding": Family(
+        "StarCoder 2 as published", "Starcoder2", WITHOUT_HEAD_DIM | NARROW, CONSTANT, refused="constant already"
     ),
     "llama4": Family(
         "Llama 4",

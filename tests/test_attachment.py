@@ -187,6 +187,66 @@ def test_an_empty_batch_is_refused():
         tiny()(tokens(1, 20)[:0], past_key_values=slots.new_cache())
 
 
+def test_a_prompt_without_tokens_is_refused():
+    model, none = tiny(), tokens(1, 0)
+    with lococo.attach(model, "h2o", num_slots=40, chunk_size=16) as slots:
+        with pytest.raises(ArgumentError, match="at least one token"):
+            model(none, past_key_values=slots.new_cache())
+        with pytest.raises(ArgumentError, match="at least one token"):
+            model.generate(none, past_key_values=slots.new_cache(), max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_a_compiled_model_reads_what_it_reads_uncompiled():
+    model, ids, written = copy.deepcopy(tiny()), tokens(1, 60), []
+    for compiled in (False, True):
+        if compiled:
+            model.compile(backend="eager")
+        with lococo.attach(model, "mass-merge", num_slots=24, chunk_size=16) as slots:
+            cache = slots.new_cache()
+            written.append(model.generate(ids, past_key_values=cache, max_new_tokens=20, do_sample=False))
+    assert torch.equal(*written)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3n"])
+@torch.no_grad()
+def test_hidden_states_of_a_call_are_those_of_the_full_cache(family):
+    model, ids = tiny(family), tokens(2, 60)
+    found = []
+    for compressor in ("full", "mass-merge"):
+        with lococo.attach(model, compressor, num_slots=60, chunk_size=16) as slots:
+            found.append(model(ids, past_key_values=slots.new_cache(), output_hidden_states=True).hidden_states)
+    for here, there in zip(*found, strict=True):
+        torch.testing.assert_close(here, there, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_inputs_per_layer_are_cut_with_their_columns():
+    # Gemma 3n with an image hands them to the language model within, beside embeddings.
+    model, ids, found = tiny("gemma3n").model, tokens(1, 60), []
+    inputs = {"inputs_embeds": model.embed_tokens(ids), "per_layer_inputs": model.get_per_layer_inputs(ids)}
+    with lococo.attach(model, "mass-merge", num_slots=60, chunk_size=16) as slots:
+        for each in ({"input_ids": ids}, inputs):
+            found.append(model(**each, past_key_values=slots.new_cache()).last_hidden_state)
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3-moe", "gpt-oss"])
+@torch.no_grad()
+def test_experts_are_balanced_over_the_whole_call(family):
+    model, ids = tiny(family), tokens(2, 60)
+    mask = torch.ones_like(ids)
+    mask[1, :20] = 0
+    found = []
+    for compressor in ("full", "mass-merge"):
+        with lococo.attach(model, compressor, num_slots=60, chunk_size=16) as slots:
+            found.append(model(ids, attention_mask=mask, past_key_values=slots.new_cache(), output_router_logits=True))
+    full, read = found
+    for here, there in zip(full.router_logits, read.router_logits, strict=True):
+        torch.testing.assert_close(here[mask.flatten() > 0], there[mask.flatten() > 0], atol=1e-3, rtol=1e-3)
+    assert abs(float(full.aux_loss) - float(read.aux_loss)) < 1e-3
+
+
 def test_longrope_is_read_within_its_original_window():
     config = LlamaConfig(
         **SMALL

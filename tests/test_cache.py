@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from families import heads_for, left_padded, tiny, tokens
@@ -312,6 +314,35 @@ def test_gradients_flow_through_successive_compressions():
     assert heads.convolutions["1"].weight.grad.abs().sum() > 0
     assert model.model.embed_tokens.weight.grad[ids[0, :10]].abs().sum() > 0
     model.zero_grad()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3n", "deepseek-v3"])
+def test_gradients_of_queries_alone_are_those_of_the_full_cache(family):
+    # Keys of the first layer need no gradient themselves, and yet what the queries saw of them must stay as it was.
+    model = copy.deepcopy(tiny(family)).requires_grad_(False)
+    queries = [weight for name, weight in model.named_parameters() if ".q_proj." in name or ".q_b_proj." in name]
+    for weight in queries:
+        weight.requires_grad_(True)
+    gradients = []
+    for compressor in ("full", "mass-merge"):
+        with lococo.attach(model, compressor, num_slots=80, chunk_size=16) as slots:
+            loss = -model(tokens(1, 80), past_key_values=slots.new_cache()).logits.log_softmax(-1)[0, :, 5].mean()
+        gradients.append(torch.autograd.grad(loss, queries))
+    for here, there in zip(*gradients, strict=True):
+        assert there.abs().sum() > 0
+        torch.testing.assert_close(there, here, atol=1e-5, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_what_was_read_in_inference_mode_goes_on_outside():
+    model, ids = tiny(), tokens(1, 90)
+    with lococo.attach(model, "h2o", num_slots=40, chunk_size=16) as slots:
+        cache, undisturbed = slots.new_cache(), slots.new_cache()
+        with torch.inference_mode():
+            model(ids[:, :50], past_key_values=cache)
+        after = model(ids[:, 50:], past_key_values=cache).logits
+        expected = model(ids, past_key_values=undisturbed).logits[:, 50:]
+    torch.testing.assert_close(after, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("positions", ["original", "packed"])

@@ -70,6 +70,8 @@ class TestFlags:
             (["run", "x", "--ask", "y", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1, got 0"),
             (["run", "x", "--ask", "y", "--temperature", "-1"], "expected temperature >= 0"),
             (["run", "x", "--ask", " "], "the question is empty"),
+            (["run", "x", "--ask", "caf\udce9?"], "the question is not UTF-8"),  # a byte 0xe9 on the command line
+            (["ask", "x", "caf\udce9?"], "the question is not UTF-8"),
             (["ask", "none.safetensors", "y"], "none.safetensors does not exist; expected a context"),
             (["compress", "x", "-o", "y", "--compressor", "full"], "compressor 'full' makes no slots"),
             (["run", "x", "--ask", "y", "--config", "none.yaml"], "--config: File does not exist"),

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import chatglm_checkpoints
 import pytest
 import torch
 from commands import refused, save_llama, tokenizer_of
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lococo import cli
 from lococo.errors import ModelError, UnsupportedModelError
 from lococo.folders import INDEX
-from lococo.models import load_model
+from lococo.models import load_config, load_model
 
 
 @pytest.fixture
@@ -109,6 +110,30 @@ def test_a_checkpoint_in_the_format_of_meta(tmp_path: Path) -> None:
         load_model(folder)
     assert f"--input_dir {folder} " in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_half_converted(folder: Path, tmp_path: Path) -> None:
+    half = Path(shutil.copytree(folder, tmp_path / "new.half-converted"))
+    for _ in range(2):
+        with pytest.raises(ModelError, match=r"^new.half-converted is half-converted: .* stopped; delete it, and"):
+            load_model(half)
+        (half / "config.json").unlink(missing_ok=True)  # which is written last
+
+
+def test_a_chatglm_that_was_not_converted(tmp_path: Path) -> None:
+    chatglm_checkpoints.save(tmp_path / "chatglm3-6b")
+    with pytest.raises(UnsupportedModelError, match=r"^chatglm3-6b .* `lococo convert chatglm3 \S+ NEW`") as caught:
+        load_model(tmp_path / "chatglm3-6b")
+    assert f"chatglm3 {tmp_path / 'chatglm3-6b'} NEW" in str(caught.value)
+    with pytest.raises(UnsupportedModelError, match="lococo convert chatglm3"):
+        load_config(tmp_path / "chatglm3-6b")
+
+
+def test_other_code_of_its_own(folder: Path) -> None:
+    edit(folder / "config.json", model_type="zamboni", auto_map={"AutoConfig": "configuration_zamboni.ZamboniConfig"})
+    with pytest.raises(ModelError, match=r"^broken runs on Python code .*--trust-remote-code") as caught:
+        load_model(folder)
+    assert "..." not in str(caught.value)
 
 
 @pytest.mark.parametrize("damage", ["architecture", "shard", "shape", "tokenizer", "meta"])

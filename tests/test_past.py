@@ -44,7 +44,11 @@ def decode(model, slots, **how):
 
 # One compression happens after 56 tokens, and one after every further 16: prompt and answer have eight.
 @pytest.mark.parametrize(
-    ("family", "compressor"), [*(("llama", name) for name in COMPRESSORS), ("gemma3", "h2o"), ("gpt2", "mass-merge")]
+    ("family", "compressor"),
+    [
+        *(("llama", name) for name in COMPRESSORS),
+        *(("gemma3", "h2o"), ("gpt2", "mass-merge"), ("gpt-oss", "h2o"), ("lfm2", "h2o")),
+    ],
 )
 def test_prompt_lookup_decodes_what_plain_decoding_does(family, compressor):
     model = tiny(family)
@@ -95,6 +99,8 @@ def test_packed_positions_are_moved_back_and_forth(monkeypatch):
         *(("llama", name, [0, 13, 60]) for name in COMPRESSORS),
         ("gemma3", "h2o", [0]),
         ("gemma3", "mass-merge", [0, 20]),
+        ("gpt-oss", "h2o", [0, 20]),  # sinks take a part of the mass that is observed again
+        ("lfm2", "h2o", [0, 40]),
     ],
 )
 @pytest.mark.parametrize("gone", [1, 16, 39])
@@ -155,6 +161,23 @@ def test_misuse_is_refused():
         cache.batch_select_indices(torch.tensor([1]))
         with pytest.raises(LococoError, match="1 were to go, 0 are at hand"):
             cache.crop(-1)
+
+
+@torch.no_grad()
+def test_a_recurrent_state_forgets_whole_chunks_or_nothing():
+    model, ids = tiny("granite-hybrid"), tokens(1, 30)
+    with lococo.attach(model, "mass-merge", num_slots=40, chunk_size=16) as slots:
+        cache, undisturbed = slots.new_cache(), slots.new_cache()
+        cache.activate_past_recording()
+        model(ids[:, :20], past_key_values=cache)
+        with pytest.raises(LococoError, match=r"recurrent state cannot forget a part .* decode without"):
+            cache.crop(-3)
+        cache.crop(0)
+        model(tokens(1, 5, seed=1), past_key_values=cache)
+        cache.crop(-5)
+        after = model(ids[:, 20:], past_key_values=cache).logits
+        expected = model(ids, past_key_values=undisturbed).logits[:, 20:]
+    torch.testing.assert_close(after, expected, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

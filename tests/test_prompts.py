@@ -42,9 +42,19 @@ def test_special_tokens_in_a_question_are_plain_text() -> None:
     assert ids.count(end) == 1
 
 
-def test_a_model_without_a_chat_template_gets_plain_text() -> None:
+@pytest.mark.parametrize(
+    "template",
+    [
+        None,
+        "{{ raise_exception('tools alone') }}",
+        "{{ 1 / 0 }}",
+        "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+        "{% for m in messages %}{{ m.content | upper }}{% endfor %}",
+    ],
+)
+def test_a_model_without_a_chat_template_gets_plain_text(template: str | None) -> None:
     tokenizer = tokenizer_of(WORDS)
-    tokenizer.chat_template = None
+    tokenizer.chat_template = template
     ids = Prompt.of(tokenizer).question_ids("Who?", after="document")[0].tolist()
     assert tokenizer.decode(ids) == "\n\nQuestion: Who?\nAnswer:"
 

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
@@ -15,6 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from lococo import attention, compressors
+from lococo.around import Around
 from lococo.cache import Positions, SlotCache, grows
 from lococo.compressors import Compressor, Shape
 from lococo.errors import ArgumentError, LococoError, UnsupportedModelError, WindowError
@@ -128,7 +130,9 @@ class Attachment:
         config._attn_implementation = attention.register(implementation)
         forward = self.decoder.forward
         steps = Steps(forward) if self.compiled else None
-        undo.append(_replace_forward(self.decoder, _ReadingInChunks(forward, self.decoder, steps)))
+        around = Around(self.model, self.decoder)
+        undo.append(around.watch())
+        undo.append(_replace_forward(self.decoder, _ReadingInChunks(forward, self.decoder, steps, around)))
         head = self.model.get_output_embeddings()
         if self.compiled and type(head) is nn.Linear:
             undo.append(_replace_forward(head, partial(_logits, head.forward, head)))
@@ -262,7 +266,8 @@ def slot_layer_indices(model: PreTrainedModel) -> list[int]:
         raise UnsupportedModelError(
             f"{kind} keeps a recurrent state, not a key/value cache; there is nothing to compress"
         )
-    layers = [i for i, layer in enumerate(DynamicCache(config=model.config).layers) if grows(layer)]
+    window = window_of(model)
+    layers = [i for i, layer in enumerate(DynamicCache(config=model.config).layers) if grows(layer, window)]
     if not layers:
         raise UnsupportedModelError(
             f"no layer of {kind} has a cache that grows with the text (all are sliding or recurrent); "
@@ -294,10 +299,17 @@ def _check_attention(kind: str, probe: Probe, layers: list[int], chunk_size: int
 class _ReadingInChunks:
     """The decoder's forward, reading a call with a SlotCache chunk by chunk, whatever its length."""
 
-    def __init__(self, forward: Callable[..., Any], decoder: PreTrainedModel, steps: Steps | None) -> None:
+    def __init__(
+        self, forward: Callable[..., Any], decoder: PreTrainedModel, steps: Steps | None, around: Around
+    ) -> None:
         self.forward = forward
         self.decoder = decoder
         self.steps = steps
+        self.around = around
+        self.read = _read_columns
+        if steps is None and "torch._dynamo" in sys.modules:
+            # A compiled model would trace buffers that are filled from another place in each call.
+            self.read = torch.compiler.disable(_read_columns)
         self.__signature__ = inspect.signature(forward)  # generate() looks at it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -313,7 +325,7 @@ class _ReadingInChunks:
                 "transformers drops the cache under gradient checkpointing, so nothing can be read in slots; "
                 "call model.gradient_checkpointing_disable()"
             )
-        return _read_columns(self.forward, self.steps, cache, arguments)
+        return self.read(self.forward, self.steps, cache, arguments | self.around.plain(arguments))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         raise LococoError(
@@ -324,6 +336,8 @@ class _ReadingInChunks:
 def _read_columns(forward: Callable[..., Any], steps: Steps | None, cache: SlotCache, arguments: dict[str, Any]) -> Any:
     inputs: Tensor = arguments["input_ids"] if arguments.get("input_ids") is not None else arguments["inputs_embeds"]
     batch, columns = inputs.shape[:2]
+    if not columns:
+        raise ArgumentError("expected at least one token to read, got none; give a prompt that is not empty")
     seen = cache.rows.seen
     real = _real_columns(arguments.get("attention_mask"), batch, columns, seen)
     position_ids = arguments.get("position_ids")
@@ -350,7 +364,7 @@ def _read_columns(forward: Callable[..., Any], steps: Steps | None, cache: SlotC
 INPUTS = ("input_ids", "inputs_embeds")
 
 # Arguments with one entry per column of the call.
-PER_COLUMN = (*INPUTS, "token_type_ids")
+PER_COLUMN = (*INPUTS, "token_type_ids", "per_layer_inputs")
 
 
 def _cut(name: str, value: Any, start: int, stop: int, seen: int) -> Any:
@@ -395,8 +409,17 @@ def _join(outputs: list[Any]) -> Any:
     joined: ModelOutput = outputs[-1]
     if getattr(joined, "attentions", None) is not None:
         raise ArgumentError("attention maps over slots have a width of their own in every chunk; read chunk by chunk")
+    batch = outputs[-1].last_hidden_state.shape[0]
     joined["last_hidden_state"] = torch.cat([output.last_hidden_state for output in outputs], 1)
     if getattr(joined, "hidden_states", None) is not None:
         layers = zip(*(output.hidden_states for output in outputs), strict=True)
-        joined["hidden_states"] = tuple(torch.cat(layer, 1) for layer in layers)
+        joined["hidden_states"] = tuple(torch.cat(layer, -2) for layer in layers)  # Gemma 3n has (4 b q d) within
+    if getattr(joined, "router_logits", None) is not None:
+        routers = zip(*(output.router_logits for output in outputs), strict=True)
+        joined["router_logits"] = tuple(_join_rows(router, batch) for router in routers)
     return joined
+
+
+def _join_rows(parts: Sequence[Tensor], batch: int) -> Tensor:
+    """Put together what models of experts return of a chunk with rows and columns in one dimension, (b*q e)."""
+    return torch.cat([part.unflatten(0, (batch, -1)) for part in parts], 1).flatten(0, 1)

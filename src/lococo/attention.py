@@ -16,6 +16,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from lococo.cache import SlotCache
 from lococo.probe import attention_function
+from lococo.slot_layer import SlotLayer
 from lococo.steps import StepCache
 
 PREFIX = "lococo-"
@@ -67,6 +68,8 @@ def slot_attention(
     layer = None if slot_cache is None else slot_cache.attended(cast(int, module.layer_idx), key)
     if layer is None:
         return attention_function(implementation, module)(module, query, key, value, attention_mask, **kwargs)
+    if query.requires_grad and isinstance(layer, SlotLayer):  # compiled steps have no gradient
+        layer.lent.update(("keys", "values"))
     sinks, softcap = kwargs.get("s_aux"), kwargs.get("softcap")
     # Flash and flex kernels take no bias per entry, and sdpa knows neither sinks nor a cap of the logits.
     own = implementation

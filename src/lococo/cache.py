@@ -19,6 +19,7 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DummyLayer,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
 )
 
@@ -27,7 +28,7 @@ from lococo.compressors.base import Compressor
 from lococo.errors import ArgumentError, LococoError
 from lococo.latent_layer import LatentSlotLayer
 from lococo.norms import norms_of
-from lococo.past import Past, Step
+from lococo.past import Past, Step, is_windowed
 from lococo.rope import Rotary
 from lococo.rows import Chunk, Rows
 from lococo.slot_layer import SlotLayer
@@ -80,7 +81,7 @@ class SlotCache(Cache):
         budgets = iter(slots_per_layer)
 
         def made(i: int, layer: Any) -> Any:
-            if not grows(layer):
+            if not grows(layer, window):
                 return StateLayer(layer.number_of_states) if is_state(layer) else layer
             kind = LatentSlotLayer if i in rotary.latent else StateSlotLayer if has_state(layer) else SlotLayer
             return kind(i, next(budgets), chunk_size, compressor, self.rows, rotary.of_layer(i))
@@ -286,8 +287,8 @@ class SlotCache(Cache):
             return None
         before = cast(SlotCache, fork(self))
         for layer in self.layers:
-            if isinstance(layer, DynamicLayer) and layer.is_initialized:
-                layer.crop(0)  # the copy holds what a sliding layer lets go here
+            if is_windowed(layer):
+                layer.crop(0)  # the copy holds what it lets go here
         return before
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -401,6 +402,13 @@ def kv_nbytes(cache: Cache) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-def grows(layer: object) -> bool:
-    """Tell whether a layer of transformers' DynamicCache keeps every token, so that slots can take its place."""
+def grows(layer: object, window: int | None) -> bool:
+    """Tell whether a layer of transformers' DynamicCache keeps every token, so that slots can take its place.
+
+    Args:
+        layer: Of that cache.
+        window: Positions the model was trained for; a sliding window that is no smaller never slides within them.
+    """
+    if type(layer) is DynamicSlidingWindowLayer:
+        return window is not None and layer.sliding_window >= window
     return type(layer) in (DynamicLayer, LinearAttentionAndFullAttentionLayer)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from lococo.convert.whole import UNFINISHED
 from lococo.errors import ModelError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -21,12 +22,22 @@ META_CONVERTER = (
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder whose weights cannot be read, by its files' names alone.
+    """Refuse a folder that cannot be read, by its files' names and its config.
 
     Raises:
-        UnsupportedModelError: Its weights are pickles alone, such as Meta's own checkpoint of a Llama.
-        ModelError: A shard that its index names is missing.
+        UnsupportedModelError: Its weights are pickles alone, such as Meta's own checkpoint of a Llama, or it is a
+            ChatGLM that was not converted.
+        ModelError: A shard that its index names is missing, or it is half-converted.
     """
+    if folder.name.endswith(UNFINISHED):
+        raise ModelError(
+            f"{folder.name} is half-converted: the conversion that made it was stopped; delete it, and convert again"
+        )
+    if _kind(folder) == "chatglm":
+        raise UnsupportedModelError(
+            f"{folder.name} is a ChatGLM as it was published, which runs on code of its own; put it into transformers' "
+            f"layout with `lococo convert chatglm3 {folder} NEW`, then name NEW"
+        )
     if not (folder / "config.json").exists() and sorted(folder.glob("consolidated.*.pth")):
         raise UnsupportedModelError(
             f"{folder.name} is a checkpoint in Meta's own format (consolidated.*.pth), a pickle, which lococo does not "
@@ -43,6 +54,14 @@ def check_folder(folder: Path) -> None:
             f"{folder.name} lacks {len(missing)} of the {len(_shards(folder))} shards that {INDEX} names "
             f"({missing[0]}{', ...' if len(missing) > 1 else ''}); copy or download the folder again"
         )
+
+
+def _kind(folder: Path) -> str | None:
+    """Return the model_type of a folder's config.json; None where transformers will find out what is wrong with it."""
+    try:
+        return cast("str | None", json.loads((folder / "config.json").read_text("utf-8")).get("model_type"))
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def _shards(folder: Path) -> list[str]:

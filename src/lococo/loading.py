@@ -57,6 +57,11 @@ def _failure(subject: str, error: Exception) -> str:
             f"{subject} has the architecture {kind[1]!r}, which this transformers does not know; upgrade "
             "transformers, or trust the code that the model brings along (--trust-remote-code)"
         )
+    if "contains custom code" in said:
+        return (
+            f"{subject} runs on Python code that it brings along; trust it (--trust-remote-code), or, if it is a "
+            "ChatGLM, convert its folder with `lococo convert chatglm3`"
+        )
     short = said if len(said) <= 300 else said[:297] + "..."
     return f"{subject} cannot be loaded: {short}; check the name and the network, or name a local folder"
 

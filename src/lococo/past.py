@@ -9,13 +9,14 @@ chunk, and thrown away as soon as `crop` has told what stays.
 
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from lococo.errors import LococoError
 from lococo.rows import Chunk, Rows
 from lococo.slot_layer import SlotLayer
+from lococo.state_layer import has_state, is_state
 
 if TYPE_CHECKING:
     from lococo.cache import SlotCache
@@ -76,11 +77,25 @@ class Past:
 
 def _keep_beginning(cache: "SlotCache", step: Step, columns: int) -> None:
     """Take the last columns of the latest chunk back: its beginning is observed and counted again, by itself."""
+    if any(has_state(layer) and not is_windowed(layer) for layer in cache.layers):
+        raise LococoError(
+            "a recurrent state cannot forget a part of what it has read; decode without prompt lookup and assistants"
+        )
     beginning = step.chunk.first(step.chunk.length - columns)
     vars(cache.rows).update(vars(copy.deepcopy(step.rows)))
     for layer in cache.layers:
         if isinstance(layer, SlotLayer):
             layer.read_again(beginning)
-        elif isinstance(layer, DynamicLayer):
+        elif is_windowed(layer):
             layer.crop(-columns)
     cache.rows.advance(beginning)
+
+
+def is_windowed(layer: object) -> TypeGuard[DynamicLayer | LinearAttentionLayer]:
+    """Tell whether a layer of transformers' own holds the latest tokens, of which it can forget the last.
+
+    Sliding layers do, and so do convolutions (LFM 2), unless a recurrent state stands beside them.
+    """
+    if isinstance(layer, LinearAttentionLayer):
+        return is_state(layer) and layer.is_croppable
+    return isinstance(layer, DynamicLayer) and layer.is_initialized

@@ -93,7 +93,8 @@ def _from_template(tokenizer: PreTrainedTokenizerBase) -> Prompt | None:
             str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
             for messages in ([user], [user, *more])
         )
-    except (jinja2.TemplateError, TypeError, ValueError):  # a template for something other than a conversation
+    # A template for something other than a conversation; it is a program and may fail in any of these ways.
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RuntimeError):
         return None
     if first.count(DOCUMENT + label + QUESTION) != 1 or talk.count(ANSWER) != 1:
         return None

@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 from lococo.compressors.base import Compressor
 from lococo.entries import Entries, attention_mass
 from lococo.errors import LococoError
-from lococo.rope import LayerRotary
+from lococo.rope import LayerRotary, lasting
 from lococo.rows import Chunk, Rows
 
 
@@ -46,6 +46,8 @@ class SlotLayer(CacheLayerMixin):
         self.pending_mass: Tensor | None = None
         # Queries of a recorded chunk and the mass before it, to observe its beginning again, see `past`.
         self.latest: tuple[Tensor, Tensor] | None = None
+        # Buffers that the graph of a gradient has saved views of, though they need none themselves.
+        self.lent: set[str] = set()
         self.scaling = 1.0
         self.softcap: float | None = None
         self.sinks: Tensor | None = None
@@ -56,6 +58,7 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = False
         self.carries_mass = False
         self.latest = None
+        self.lent.clear()
         self.held: list[int] = []
         for name in self.row_tensors:
             setattr(self, name, None)
@@ -64,13 +67,14 @@ class SlotLayer(CacheLayerMixin):
         """Allocate the buffer for keys and values shaped like these, (b h q d)."""
         b, h, _, d = key_states.shape
         width = self.num_slots + self.chunk_size
-        self.keys = key_states.new_zeros(b, h, width, d)
-        self.values = value_states.new_zeros(b, h, width, value_states.shape[-1])
-        self.positions = key_states.new_zeros(b, h, width, dtype=torch.float32)
-        self.log_mass = torch.zeros_like(self.positions)
-        self.token_index = torch.zeros_like(self.positions, dtype=torch.int64)
-        if "mass" in self.compressor.observes:
-            self.mass = torch.zeros_like(self.positions)
+        with lasting():
+            self.keys = key_states.new_zeros(b, h, width, d)
+            self.values = value_states.new_zeros(b, h, width, value_states.shape[-1])
+            self.positions = key_states.new_zeros(b, h, width, dtype=torch.float32)
+            self.log_mass = torch.zeros_like(self.positions)
+            self.token_index = torch.zeros_like(self.positions, dtype=torch.int64)
+            if "mass" in self.compressor.observes:
+                self.mass = torch.zeros_like(self.positions)
         self.held = [0] * b
         self.is_initialized = True
 
@@ -106,17 +110,23 @@ class SlotLayer(CacheLayerMixin):
     def _write(self, name: str, new: Tensor, filled: list[int]) -> None:
         """Write a chunk's (b h q ...) behind the entries of each row."""
         assert self.chunk is not None
-        buffer = getattr(self, name)
-        if buffer.requires_grad or new.requires_grad:
-            # Earlier steps of the graph have saved views of the buffer: leave them as they are.
-            buffer = buffer.clone()
-            setattr(self, name, buffer)
+        buffer = self._writable(name, new)
         if self.chunk.real is None and len(set(filled)) == 1:
             buffer[:, :, filled[0] : filled[0] + self.chunk.length] = new
             return
         row, column = self._real_columns()
         target = torch.tensor(filled, device=new.device)[row] + self.chunk.ordinal.expand(len(filled), -1)[row, column]
         buffer[row, :, target - 1] = new[row, :, column]
+
+    def _writable(self, name: str, new: Tensor) -> Tensor:
+        """Return a buffer that `new` may be written to: a copy where a gradient still needs what it held."""
+        buffer: Tensor = getattr(self, name)
+        if buffer.requires_grad or new.requires_grad or name in self.lent:
+            # Earlier steps of the graph have saved views of the buffer: leave them as they are.
+            buffer = buffer.clone()
+            setattr(self, name, buffer)
+            self.lent.discard(name)
+        return buffer
 
     def _real_columns(self) -> tuple[Tensor, Tensor]:
         assert self.chunk is not None
@@ -196,7 +206,8 @@ class SlotLayer(CacheLayerMixin):
         queries = query.view(b, h, heads // h, q, d)
         if "queries" in self.compressor.observes:
             if self.queries is None:
-                self.queries = queries.new_zeros(b, h, heads // h, self.chunk_size, d)
+                with lasting():
+                    self.queries = queries.new_zeros(b, h, heads // h, self.chunk_size, d)
             # A ring: the query of a row's n-th token lies at n modulo chunk_size.
             if self.chunk.real is None and len(set(self.rows.tokens)) == 1:
                 start = self.rows.tokens[0] % self.chunk_size
@@ -233,7 +244,8 @@ class SlotLayer(CacheLayerMixin):
             return
         query, self.mass = self.latest
         self.chunk = beginning
-        self.observe(query[:, :, : beginning.length], self.scaling, self.softcap)
+        sinks = None if self.sinks is None else self.sinks.flatten()
+        self.observe(query[:, :, : beginning.length], self.scaling, self.softcap, sinks)
         self.chunk_read()
         self.chunk = self.pending_mass = None
 
@@ -288,11 +300,7 @@ class SlotLayer(CacheLayerMixin):
             new = getattr(entries, name)
             if new is None:
                 continue
-            buffer = getattr(self, name)
-            if buffer.requires_grad or new.requires_grad:
-                buffer = buffer.clone()
-                setattr(self, name, buffer)
-            buffer[index, :, : len(entries)] = new
+            self._writable(name, new)[index, :, : len(entries)] = new
 
     def _row_index(self, rows: list[int]) -> Tensor | slice:
         return slice(None) if len(rows) == len(self.held) else torch.tensor(rows, device=self.keys.device)
@@ -300,7 +308,7 @@ class SlotLayer(CacheLayerMixin):
     def fork(self, rows: Rows) -> "SlotLayer":
         """Return a layer that holds the same and goes on by itself, with rows of its own."""
         made = copy.copy(self)
-        made.rows, made.held = rows, list(self.held)
+        made.rows, made.held, made.lent = rows, list(self.held), set()
         for name in self.row_tensors:
             if (tensor := getattr(self, name)) is not None:
                 setattr(made, name, tensor.clone())
@@ -310,7 +318,7 @@ class SlotLayer(CacheLayerMixin):
     def joined(layers: Sequence["SlotLayer"], rows: Rows) -> "SlotLayer":
         """Return a layer of the rows of all these, one after the other, which `rows` counts."""
         made = copy.copy(layers[0])
-        made.rows = rows
+        made.rows, made.lent = rows, set()
         made.held = [held for layer in layers for held in layer.held]
         made.carries_mass = any(layer.carries_mass for layer in layers)
         for name in made.row_tensors:

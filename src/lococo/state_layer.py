@@ -128,7 +128,9 @@ def states_of_readers(layers: Sequence[Any], counts: Sequence[int]) -> Iterator[
             now = getattr(layers[place], name)
             for number, state in numbered.items():
                 if now[number] is not None:
-                    now[number][idle] = 0.0 if state is None else state[idle]
+                    now[number][idle] = 0.0
+                    if state is not None:  # a convolution that may have to forget holds more columns than before
+                        now[number][idle, ..., -state.shape[-1] :] = state[idle]
 
 
 def _apart(state: Tensor) -> Tensor:

@@ -191,6 +191,10 @@ def human(json: bool) -> TextIO:
 def _check_question(question: str) -> None:
     if not question.strip():
         raise ArgumentError("the question is empty; ask something")
+    try:
+        question.encode()
+    except UnicodeEncodeError:  # Python hands on a byte that it cannot read as half a surrogate pair
+        raise ArgumentError("the question is not UTF-8; set the terminal's encoding to it, or leave that out") from None
 
 
 def _streamed(pieces: "Iterable[str]", file: TextIO) -> str:

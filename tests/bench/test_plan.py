@@ -151,6 +151,12 @@ def test_the_command_prints_tables(capsys):
     assert "40,960" in said
 
 
+@pytest.mark.parametrize("name", ["THUDM/chatglm3-6b-32k", "chatglm3-6b-32k", "zai-org/ChatGLM3-6B-32k"])
+def test_chatglm3_is_known_by_both_its_names(name):
+    config = known_config(name)
+    assert (config.model_type, config.num_key_value_heads, config.max_position_embeddings) == ("glm", 2, 32768)
+
+
 def test_a_folder_goes_before_a_known_name(capsys, tmp_path, monkeypatch):
     save_llama(tmp_path / "Qwen3-8B")
     monkeypatch.chdir(tmp_path)

@@ -97,10 +97,11 @@ class TestRefused:
             with pytest.raises(ArgumentError, match="is half-converted: the conversion that made it was stopped"):
                 verb(half, tmp_path / "new")
 
-    def test_an_index_that_leads_elsewhere(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("name", ["../b.safetensors", "..", "", None, ["b.safetensors"]])
+    def test_an_index_that_leads_elsewhere(self, name: object, tmp_path: Path) -> None:
         save(tmp_path / "source")
         index = tmp_path / "source" / "model.safetensors.index.json"
-        index.write_text(json.dumps({"weight_map": {"a": "../b.safetensors"}}), "utf-8")
+        index.write_text(json.dumps({"weight_map": {"a": name}}), "utf-8")
         self.refused(tmp_path, "names no shards in its own folder", FileFormatError)
 
     @pytest.mark.parametrize(("text", "line"), [("{", "is no JSON"), ("[]", "is a JSON list; expected an object")])

@@ -34,6 +34,12 @@ from lococo.errors import ConversionError
         ({"rope_ratio": -1}, "rope_ratio = -1; expected a number above 0"),
         ({"layernorm_epsilon": "1e-5"}, "layernorm_epsilon = '1e-5'; expected a number above 0"),
         ({"eos_token_id": None}, "has no eos_token_id"),
+        ({"eos_token_id": "</s>"}, "eos_token_id = '</s>'; expected ids of tokens below 512"),
+        ({"eos_token_id": [2, 512]}, "eos_token_id = [2, 512]; expected ids of tokens below 512"),
+        ({"pad_token_id": -1}, "pad_token_id = -1; expected ids of tokens below 512"),
+        ({"attention_dropout": "much"}, "attention_dropout = 'much'; expected a number from 0 to 1"),
+        ({"architectures": 3}, "architectures = 3; expected a list of names"),
+        ({"architectures": "ChatGLMModel"}, "architectures = 'ChatGLMModel'; expected a list of names"),
     ],
 )
 def test_refused(change: dict[str, Any], line: str) -> None:

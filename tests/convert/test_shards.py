@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,34 @@ def test_damaged_shards_are_refused(data: bytes, line: str, tmp_path: Path) -> N
     path.write_bytes(data)
     with pytest.raises(FileFormatError, match=line):
         read_header(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": ["F32"]},
+        {"shape": ["a", "b"]},
+        {"shape": [2.0]},
+        {"shape": "2"},
+        {"shape": [True, 2]},
+        {"shape": [-1, -2]},
+        {"data_offsets": [0, 8, 8]},
+        {"data_offsets": [0.0, 8.0]},
+    ],
+)
+def test_headers_of_other_kinds_are_refused(change: dict[str, Any]) -> None:
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    assert parse_header(json.dumps({"w": entry}), "x").places == (TensorPlace("w", "F32", (2,), 0),)
+    with pytest.raises(FileFormatError, match="its header is no list of tensors"):
+        parse_header(json.dumps({"w": entry | change}), "x")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"__metadata__": ["pt"]}', '{"__metadata__": {"format": {"a": "pt"}}}']
+)
+def test_headers_that_are_no_lists_are_refused(text: str) -> None:
+    with pytest.raises(FileFormatError, match="its header is no list of tensors"):
+        parse_header(text, "x")
 
 
 @pytest.mark.parametrize("offsets", [[4, 12], [0, 12], [0, 4], ["0", "8"]])

@@ -161,6 +161,7 @@ def plan(
 
 def known_config(name: str) -> PreTrainedConfig | None:
     """Return the config of a published model that this project knows the shape of, by its hub id or the end of it."""
+    name = name.replace("THUDM/", "zai-org/")  # which it was called before
     found = [each for each in KNOWN if name.lower() in (each.lower(), each.rpartition("/")[2].lower())]
     if not found:
         return None

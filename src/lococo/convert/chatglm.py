@@ -148,9 +148,10 @@ def _shard_names(source: Path) -> list[str]:
     """Return the names of a checkpoint's shards, in order."""
     if (source / INDEX).is_file():
         index = read_json(source / INDEX).get("weight_map")
-        names = sorted(set(index.values())) if type(index) is dict else []
-        if not names or any(type(name) is not str or Path(name).name != name for name in names):
+        found = list(index.values()) if type(index) is dict else []
+        if not found or any(type(name) is not str or name in ("", "..") or Path(name).name != name for name in found):
             raise FileFormatError(f"{source / INDEX} names no shards in its own folder; fetch the file again")
+        names = sorted(set(found))
         if missing := [name for name in names if not (source / name).is_file()]:
             raise ConversionError(
                 f"{source} lacks {len(missing)} of {len(names)} shards ({missing[0]}, ...); fetch them, and try again"

@@ -112,7 +112,7 @@ def glm_config(config: Mapping[str, Any], sizes: Sizes, family: Family) -> dict[
     made: dict[str, Any] = {"architectures": ["GlmForCausalLM"], "model_type": "glm"}
     made |= vars(sizes)
     made["hidden_act"] = "silu"
-    made["attention_dropout"] = float(config.get("attention_dropout") or 0.0)
+    made["attention_dropout"] = _share(config, "attention_dropout")
     made["max_position_embeddings"] = _whole(config, "seq_length")
     made["rms_norm_eps"] = _positive(config, "layernorm_epsilon", 1e-5)
     made["rope_parameters"] = rope_parameters(_positive(config, "rope_ratio", 1), family)
@@ -121,9 +121,8 @@ def glm_config(config: Mapping[str, Any], sizes: Sizes, family: Family) -> dict[
     # GlmConfig would put GLM-4's ids where there are none.
     if config.get("eos_token_id") is None:
         raise ConversionError("config.json has no eos_token_id, which ends an answer; add it (2 in ChatGLM2 and 3)")
-    made["eos_token_id"] = config["eos_token_id"]
-    made["pad_token_id"] = config.get("pad_token_id")
-    made["bos_token_id"] = config.get("bos_token_id")
+    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        made[name] = _ids(config, name, sizes.vocab_size)
     if dtype := config.get("dtype") or config.get("torch_dtype"):
         made["dtype"] = dtype
     return made
@@ -155,6 +154,8 @@ def _check(config: Mapping[str, Any]) -> None:
             f"config.json has the model_type {kind!r}; expected 'chatglm', as ChatGLM2, ChatGLM3 and GLM-4-9B have"
         )
     architectures = config.get("architectures") or ["ChatGLMModel"]
+    if type(architectures) is not list:
+        raise ConversionError(f"config.json has architectures = {architectures!r}; expected a list of names")
     if strange := [name for name in architectures if name not in ARCHITECTURES]:
         raise ConversionError(
             f"config.json has the architecture {strange[0]}; expected {' or '.join(sorted(ARCHITECTURES))}"
@@ -189,3 +190,18 @@ def _positive(config: Mapping[str, Any], name: str, absent: float) -> float:
     if type(value) not in (int, float) or not 0 < value < float("inf"):
         raise ConversionError(f"config.json has {name} = {value!r}; expected a number above 0")
     return float(value)
+
+
+def _share(config: Mapping[str, Any], name: str) -> float:
+    value = config.get(name) or 0.0
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise ConversionError(f"config.json has {name} = {value!r}; expected a number from 0 to 1")
+    return float(value)
+
+
+def _ids(config: Mapping[str, Any], name: str, vocab_size: int) -> int | list[int] | None:
+    value: int | list[int] | None = config.get(name)
+    for token in value if type(value) is list else [value]:
+        if token is not None and (type(token) is not int or not 0 <= token < vocab_size):
+            raise ConversionError(f"config.json has {name} = {value!r}; expected ids of tokens below {vocab_size:,}")
+    return value

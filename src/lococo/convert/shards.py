@@ -96,12 +96,10 @@ def parse_header(text: bytes | str, what: str) -> Header:
     try:
         text = text.decode() if isinstance(text, bytes) else text
         entries: dict[str, Any] = json.loads(text)
-        metadata = entries.pop("__metadata__", {})
-        spans = {
-            name: (entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"]) for name, entry in entries.items()
-        }
+        metadata = _strings(entries.pop("__metadata__", {}))
+        spans = {name: _span(entry) for name, entry in entries.items()}
         ordered = sorted(spans.items(), key=lambda item: item[1][2:])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FileFormatError(f"{what} is damaged: its header is no list of tensors; fetch the file again") from error
     places, end = [], 0
     for name, (dtype, shape, start, stop) in ordered:
@@ -115,6 +113,20 @@ def parse_header(text: bytes | str, what: str) -> Header:
             raise FileFormatError(f"{what} is damaged: {name} is not where its header says; fetch the file again")
         end = stop
     return Header(text, tuple(places), metadata)
+
+
+def _span(entry: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
+    """Return the dtype, shape, first byte and end of a tensor; ValueError or the like if its entry is unsound."""
+    dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if type(dtype) is not str or any(type(number) is not int or number < 0 for number in (*shape, start, stop)):
+        raise ValueError(f"{entry} is no tensor")
+    return dtype, tuple(shape), start, stop
+
+
+def _strings(metadata: Any) -> dict[str, str]:
+    if type(metadata) is not dict or any(type(value) is not str for value in metadata.values()):
+        raise ValueError(f"{metadata} are no strings")
+    return metadata
 
 
 def make_header(parts: Iterable[tuple[str, str, tuple[int, ...]]], metadata: dict[str, str]) -> Header:

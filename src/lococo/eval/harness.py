@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from lococo.attachment import Attachment, attach
+from lococo.attachment import Attachment, attach, window_of
 from lococo.budgets import slots_for
 from lococo.cache import Positions, fork, grows
 from lococo.errors import ArgumentError, WindowError
@@ -220,7 +220,8 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
                 # In sliding layers padding between what is shared and the rest would push the former out of sight, and
                 # recurrent ones take it for text.
                 layers = DynamicCache(config=self.model.config).layers
-                alone = any(not grows(layer) or has_state(layer) for layer in layers)
+                window = window_of(self.model)
+                alone = any(not grows(layer, window) or has_state(layer) for layer in layers)
                 for cache, start, group in self._groups(wanted, 1 if alone else None):
                     written = self._written(cache, start, [texts[place] for place in group], until, how)
                     for place, ids in zip(group, written, strict=True):

@@ -11,6 +11,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Tiny models take one thread each, so that two files of tests go side by side; more would each hold the default model.
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile
 PIP := $(BIN)/pip --disable-pip-version-check --quiet --quiet # twice: errors alone
 TORCH := $(shell grep '^torch==' constraints.txt)
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
@@ -22,14 +24,14 @@ demo: $(STAMP)
 	$(BIN)/lococo demo
 
 test: $(STAMP)
-	$(BIN)/pytest
+	$(PYTEST)
 
 # One recipe, so that the cheap checks come first whatever `-j` says.
 check: $(STAMP)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(PYTEST)
 
 format: $(STAMP)
 	$(BIN)/ruff format

@@ -205,28 +205,73 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 _COMPILED: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
+@torch.library.custom_op("lococo::kept", mutates_args=())
+def kept(values: Tensor) -> Tensor:
+    """Return values as they are, and have the compiler write them down rather than compute them wherever they are read.
+
+    Its loops are made of whole expressions: a row times a matrix would take the norm before it once per row of the
+    matrix, and attention the sine and cosine of the query once per slot.
+    """
+    return values.clone()
+
+
+@kept.register_fake
+def _(values: Tensor) -> Tensor:
+    return torch.empty_like(values)
+
+
 def _backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.lowering import lowerings, register_lowering
 
+    if torch.ops.lococo.kept.default not in lowerings:
+        register_lowering(torch.ops.lococo.kept, type_promotion_kind=None)(_written_down)
     if not any(isinstance(each, Tensor) and each.device.type != "cpu" for each in inputs):
-        for node in graph.graph.nodes:
-            if node.op == "call_function" and node.target in _ON_CPU:
-                node.target = _ON_CPU[node.target]
+        _write_for_cpu(graph.graph)
         graph.recompile()
     return cast(Callable[..., Any], compile_fx(graph, inputs))
 
 
+def _write_for_cpu(graph: torch.fx.Graph) -> None:
+    """Put loops in place of functions that are slow for one row; a row that meets several matrices is kept once."""
+    rows: dict[Any, torch.fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in _ON_CPU:
+            continue
+        if node.target is functional.linear:
+            row, *others = node.args
+            if row not in rows:
+                with graph.inserting_after(row):
+                    rows[row] = graph.call_function(_row_kept, (row,))
+            node.args = (rows[row], *others)
+        node.target = _ON_CPU[node.target]
+
+
+def _written_down(values: Any) -> Any:
+    values.realize()
+    return values
+
+
 def _row_times_matrix(row: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply one row by a matrix as products and sums.
+    """Multiply one row, see `_row_kept`, by a matrix as products and sums.
 
     The compiler makes one loop of them that reads weights as fast as memory gives them; the libraries' own products of
     matrices, made for many rows, reach half of that here (docs/log.md).
     """
-    if row.numel() != row.shape[-1]:
+    if not _is_one_row(row):
         return functional.linear(row, weight, bias)
-    product = (row.reshape(1, -1) * weight).sum(-1, dtype=torch.float32).to(row.dtype)
+    product = (row.reshape(1, -1) * weight).sum(-1).to(weight.dtype)
     product = product if bias is None else product + bias
     return product.view(*row.shape[:-1], -1)
+
+
+def _row_kept(row: Tensor) -> Tensor:
+    """Return what `_row_times_matrix` takes, in float32; more than one row are left as they are."""
+    return kept(row.float()) if _is_one_row(row) else row
+
+
+def _is_one_row(row: Tensor) -> bool:
+    return row.numel() == row.shape[-1]
 
 
 def _attention_of_one_query(
@@ -245,9 +290,9 @@ def _attention_of_one_query(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = (query.float() * scale * key.float()).sum(-1)  # (b h s)
+    logits = (kept(query.float() * scale) * key.float()).sum(-1)  # (b h s)
     logits = logits if attn_mask is None else logits + attn_mask[:, :, 0].float()
-    weights = logits.softmax(-1)
+    weights = kept(logits.softmax(-1))
     return (weights[..., None] * value.float()).sum(2, keepdim=True).to(query.dtype)
 
 

@@ -32,6 +32,17 @@ def test_a_page_loads_nothing_from_elsewhere(client: httpx.Client) -> None:
         assert not re.search(r" (on\w+|style)=", answer.text)
 
 
+@pytest.mark.parametrize("path", ["/", "/docs", "/health", "/openapi.json", "/v1/models"])
+def test_head_is_get_without_the_body(path: str, client: httpx.Client) -> None:
+    whole, head = client.get(path), client.head(path)
+    assert head.status_code == whole.status_code == 200
+    assert head.content == b""
+    for name in ("content-type", "content-length", "content-security-policy"):
+        assert head.headers.get(name) == whole.headers.get(name)
+    assert client.head("/v1/completions").status_code == 405
+    assert client.head("/nowhere").status_code == 404
+
+
 def test_everything_on_the_page_has_a_name(client: httpx.Client) -> None:
     text = client.get("/").text
     tags: list[tuple[str, dict[str, str | None]]] = []

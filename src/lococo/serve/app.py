@@ -10,7 +10,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from lococo import __version__
 from lococo.serve import answer_routes, context_routes, pages
 from lococo.serve.failures import ApiError, internal
-from lococo.serve.gate import Gate
+from lococo.serve.gate import App, Gate, Receive, Scope, Send
 from lococo.serve.journal import Journal
 from lococo.serve.options import MIB
 from lococo.serve.pending import ClientGone
@@ -40,6 +40,7 @@ def make_app(state: State) -> FastAPI:
     app.add_exception_handler(Exception, _failed)
     # The last one added is the first to see a request.
     options = state.options
+    app.add_middleware(HeadAsGet)
     app.add_middleware(
         Gate,
         keys=state.keys,
@@ -48,6 +49,27 @@ def make_app(state: State) -> FastAPI:
     )
     app.add_middleware(Journal, counted=state.metrics.counted)
     return app
+
+
+class HeadAsGet:
+    """ASGI middleware that lets HEAD find what GET would; uvicorn leaves the body out.
+
+    Args:
+        app: What is behind it.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            # A copy, but for the route, which the journal looks for.
+            inner = {**scope, "method": "GET"}
+            await self.app(inner, receive, send)
+            scope.update({name: inner[name] for name in inner.keys() - {"method"}})
+            return
+        await self.app(scope, receive, send)
 
 
 async def health(request: Request) -> JSONResponse:

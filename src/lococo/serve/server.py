@@ -31,6 +31,8 @@ class Server(uvicorn.Server):
     def __init__(self, state: State, options: ServerOptions) -> None:
         config = uvicorn.Config(
             make_app(state),
+            http="h11",  # whatever else is installed: the one whose refusals of smuggled requests are tested
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,

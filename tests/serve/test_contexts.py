@@ -110,6 +110,12 @@ def test_documents_that_cannot_be_read_are_refused(client: httpx.Client) -> None
         assert "lococo-upload" not in message
 
 
+def test_a_form_says_clearly_whether_to_stream(client: httpx.Client) -> None:
+    for said, status in (("true", 200), ("1", 200), ("false", 201), ("", 201), ("yes, please", 400), ("{}", 400)):
+        answer = client.post("/v1/contexts", files={"file": ("a.md", WORDS)}, data={"stream": said})
+        assert answer.status_code == status, said
+
+
 @pytest.mark.parametrize(
     ("content", "kind", "status"),
     [

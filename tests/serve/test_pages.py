@@ -43,6 +43,22 @@ def test_head_is_get_without_the_body(path: str, client: httpx.Client) -> None:
     assert client.head("/nowhere").status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/health", "GET, HEAD"),
+        ("/v1/completions", "POST"),
+        ("/v1/contexts", "GET, HEAD, POST"),
+        ("/v1/contexts/x", "DELETE, GET, HEAD"),
+        ("/v1/models/a/b", "GET, HEAD"),
+    ],
+)
+def test_a_method_that_is_none_is_told_the_others(path: str, allowed: str, client: httpx.Client) -> None:
+    for method in ("TRACE", "PUT", "BREW"):
+        answer = client.request(method, path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+
+
 def test_everything_on_the_page_has_a_name(client: httpx.Client) -> None:
     text = client.get("/").text
     tags: list[tuple[str, dict[str, str | None]]] = []

@@ -3,10 +3,15 @@
 import json
 import os
 import random
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from servers import Running, running
+
+from lococo.session import Session
 
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 3, 0.5, -0.0, 1e300, 10**30, "", "x", "NaN", "\u0000", "\ud800", "狐狸" * 20, [], [[]],
@@ -19,6 +24,19 @@ FIELDS = [
 ]  # fmt: skip
 BODIES = int(os.environ.get("LOCOCO_FUZZED_BODIES", 400))
 PATHS = ["/v1/chat/completions", "/v1/completions", "/v1/contexts"]
+
+
+@pytest.fixture(scope="module")
+def terse(attached: Session, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A server whose longest answers are short, since some of these requests ask for the longest."""
+    with running(attached, tmp_path_factory.mktemp("contexts"), max_new_tokens=16) as one:
+        yield one
+
+
+@pytest.fixture
+def client(terse: Running) -> Iterator[httpx.Client]:
+    with terse.client() as one:
+        yield one
 
 
 def odd(draw: random.Random, depth: int = 0) -> Any:

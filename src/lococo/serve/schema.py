@@ -76,6 +76,8 @@ class AnyAnswer(Strict):
     @classmethod
     def whole_characters(cls, data: Any) -> Any:
         """Refuse halves of surrogate pairs: Python's JSON lets them through, and no tokenizer takes them."""
+        if not isinstance(data, dict):
+            return data  # it is refused for that
         try:
             json.dumps(data, ensure_ascii=False).encode()
         except UnicodeEncodeError:

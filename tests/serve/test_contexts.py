@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -251,8 +252,8 @@ class TestStore:
         for store in self.stores:
             store.close()
 
-    def store(self, session: Session, folder: Path) -> ContextStore:
-        self.stores.append(ContextStore(folder, session, budget=1 << 30, memory=1 << 30))
+    def store(self, session: Session, folder: Path, **how: Any) -> ContextStore:
+        self.stores.append(ContextStore(folder, session, budget=1 << 30, memory=1 << 30, **how))
         return self.stores[-1]
 
     def add(self, store: ContextStore, tenant: str = "t") -> str:
@@ -310,6 +311,28 @@ class TestStore:
             self.add(store)
         assert store.totals() == (0, 0)
         assert [path for path in tmp_path.iterdir() if not path.name.startswith("index")] == []
+
+    def test_servers_share_a_folder(self, attached: Session, tmp_path: Path) -> None:
+        stores = [self.store(attached, tmp_path, shared=True) for _ in range(3)]
+
+        def work(number: int) -> list[str]:
+            ids = [self.add(stores[number]) for _ in range(8)]
+            for one in ids[::2]:
+                stores[(number + 1) % 3].load("t", one)
+                stores[(number + 2) % 3].delete("t", one)
+            return ids[1::2]
+
+        with ThreadPoolExecutor(3) as threads:
+            kept = {one for ids in threads.map(work, range(3)) for one in ids}
+        assert [{one.id for one in store.all_of("t")} for store in stores] == [kept] * 3
+        assert len(list(tmp_path.glob("*.safetensors"))) == len(kept) == 12
+        # What one has forgotten, another does not answer from memory.
+        gone = kept.pop()
+        stores[0].load("t", gone)
+        stores[1].delete("t", gone)
+        with pytest.raises(ApiError, match="no such context"):
+            stores[0].load("t", gone)
+        assert not list(tmp_path.glob("index*-wal"))
 
     def test_ids_are_random(self, attached: Session, tmp_path: Path) -> None:
         store = self.store(attached, tmp_path)

@@ -7,5 +7,5 @@ apart                               files to text, in a process of its own
 pending, feed, jobs                 between the event loop and the engine
 engine, batch, answering            the model, read and asked by ONE thread: prefill and decode by turns
 conversations, contexts             slots that are kept, in memory and on disk
-state, server                       the parts put together, and their end
+state, server, ray                  the parts put together, and their end; the same as replicas
 """

@@ -1,5 +1,6 @@
 """The application: routes, errors in OpenAI's shape, and what stands before them."""
 
+import sqlite3
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -53,6 +54,7 @@ def make_app(state: State) -> FastAPI:
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(ClientGone, _gone)
     app.add_exception_handler(ClientDisconnect, _gone)  # in the middle of a body
+    app.add_exception_handler(sqlite3.OperationalError, _busy)
     app.add_exception_handler(Exception, _failed)
     # The last one added is the first to see a request.
     options = state.options
@@ -140,6 +142,11 @@ def _methods(request: Request) -> set[str]:
 
 async def _gone(request: Request, error: Any) -> Response:
     return Response(status_code=GONE)
+
+
+async def _busy(request: Request, error: Any) -> JSONResponse:
+    message = "the index of contexts cannot be used now; try again later"
+    return await _told(request, ApiError(503, message, code="index_busy", retry_after=1))
 
 
 async def _failed(request: Request, error: Any) -> JSONResponse:

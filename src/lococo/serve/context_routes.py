@@ -105,21 +105,21 @@ async def create(request: Request) -> Response:
     raise internal()  # events end with Held or an exception
 
 
-@router.get("", summary="List the documents that were read", responses=done(Contexts) | told())
+@router.get("", summary="List the documents that were read", responses=done(Contexts) | told(503))
 async def listed(request: Request) -> dict[str, Any]:
     """Return all contexts of this key, the latest first."""
     records = await run_in_threadpool(state_of(request).store.all_of, tenant_of(request))
     return {"object": "list", "data": [record.to_dict() for record in records]}
 
 
-@router.get("/{context_id}", summary="Show one", responses=done(Context) | told(404))
+@router.get("/{context_id}", summary="Show one", responses=done(Context) | told(404, 503))
 async def one(request: Request, context_id: str) -> dict[str, Any]:
     """Return what the index says about a context."""
     record = await run_in_threadpool(state_of(request).store.get, tenant_of(request), context_id)
     return record.to_dict()
 
 
-@router.delete("/{context_id}", summary="Forget one", responses=done(Deleted) | told(404))
+@router.delete("/{context_id}", summary="Forget one", responses=done(Deleted) | told(404, 503))
 async def delete(request: Request, context_id: str) -> dict[str, Any]:
     """Delete a context and its file."""
     await run_in_threadpool(state_of(request).store.delete, tenant_of(request), context_id)
@@ -129,7 +129,7 @@ async def delete(request: Request, context_id: str) -> dict[str, Any]:
 @router.get(
     "/{context_id}/slots",
     summary="Show which tokens survive, layer by layer",
-    responses=done(Slots) | told(404, 410),
+    responses=done(Slots) | told(404, 410, 503),
 )
 async def slots(request: Request, context_id: str, bins: int = Query(100, ge=1, le=1000)) -> dict[str, Any]:
     """Return the token that each slot is, per layer and head, and the share kept of each part of the text."""

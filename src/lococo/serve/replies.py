@@ -210,7 +210,7 @@ MEANT = {
     415: "The body is neither JSON nor a form",
     429: "Too many requests; see Retry-After",
     500: "The server failed",
-    503: "The server is shutting down",
+    503: "The server is shutting down, or its index of contexts is in use",
     504: "It took too long",
     507: "No room is left for contexts",
 }

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import sqlite3
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -240,6 +242,27 @@ def test_a_tenant_sees_nothing_of_another(attached: Session, tmp_path: Path) -> 
         assert not any(
             key in path.read_bytes().decode("latin-1") for key in KEYS for path in (tmp_path / "contexts").iterdir()
         )
+
+
+def test_an_index_that_others_lock_is_waited_for(
+    attached: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lococo.serve.contexts.LOCK_SECONDS", 0.5)
+    with running(attached, tmp_path, shared=True) as one, one.client() as client:
+        made = read(client)
+        other = sqlite3.connect(tmp_path / "index.sqlite3", check_same_thread=False, isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+        for answer in (
+            client.get("/v1/contexts"),
+            ask(client, made["id"]),
+            client.delete(f"/v1/contexts/{made['id']}"),
+            client.post("/v1/contexts", json={"text": WORDS}),
+        ):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "index_busy")
+            assert answer.headers["retry-after"] == "1"
+        threading.Timer(0.2, other.close).start()
+        assert client.get("/v1/contexts").json()["data"][0]["id"] == made["id"]
+        assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
 class TestStore:

@@ -12,7 +12,7 @@ from starlette.routing import Match
 
 from lococo import __version__
 from lococo.serve import answer_routes, context_routes, pages
-from lococo.serve.failures import ApiError, internal
+from lococo.serve.failures import ApiError, index_busy, internal
 from lococo.serve.gate import App, Gate, Receive, Scope, Send
 from lococo.serve.journal import METHODS, Journal
 from lococo.serve.options import MIB
@@ -145,8 +145,7 @@ async def _gone(request: Request, error: Any) -> Response:
 
 
 async def _busy(request: Request, error: Any) -> JSONResponse:
-    message = "the index of contexts cannot be used now; try again later"
-    return await _told(request, ApiError(503, message, code="index_busy", retry_after=1))
+    return await _told(request, index_busy())
 
 
 async def _failed(request: Request, error: Any) -> JSONResponse:

@@ -15,7 +15,7 @@ from typing import Any
 from lococo.cache import SlotCache
 from lococo.errors import FileFormatError, LococoError
 from lococo.inspect_context import Kept, kept_of
-from lococo.serve.failures import ApiError
+from lococo.serve.failures import ApiError, index_busy
 from lococo.session import Session
 from lococo.storage import load_context, save_context
 
@@ -106,6 +106,8 @@ class ContextStore:
                 self._keep_ready(record_id, cache)
         except (OSError, sqlite3.Error) as error:
             path.unlink(missing_ok=True)
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+                raise index_busy() from error
             raise ApiError(507, "the context could not be written; free some space", code="storage_full") from error
         except ApiError:
             path.unlink(missing_ok=True)

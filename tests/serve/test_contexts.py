@@ -3,7 +3,10 @@
 import json
 import os
 import re
+import sqlite3
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +111,12 @@ def test_documents_that_cannot_be_read_are_refused(client: httpx.Client) -> None
         message = answer.json()["error"]["message"]
         assert message.startswith(part)
         assert "lococo-upload" not in message
+
+
+def test_a_form_says_clearly_whether_to_stream(client: httpx.Client) -> None:
+    for said, status in (("true", 200), ("1", 200), ("false", 201), ("", 201), ("yes, please", 400), ("{}", 400)):
+        answer = client.post("/v1/contexts", files={"file": ("a.md", WORDS)}, data={"stream": said})
+        assert answer.status_code == status, said
 
 
 @pytest.mark.parametrize(
@@ -235,6 +244,27 @@ def test_a_tenant_sees_nothing_of_another(attached: Session, tmp_path: Path) -> 
         )
 
 
+def test_an_index_that_others_lock_is_waited_for(
+    attached: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lococo.serve.contexts.LOCK_SECONDS", 0.5)
+    with running(attached, tmp_path, shared=True) as one, one.client() as client:
+        made = read(client)
+        other = sqlite3.connect(tmp_path / "index.sqlite3", check_same_thread=False, isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+        for answer in (
+            client.get("/v1/contexts"),
+            ask(client, made["id"]),
+            client.delete(f"/v1/contexts/{made['id']}"),
+            client.post("/v1/contexts", json={"text": WORDS}),
+        ):
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "index_busy")
+            assert answer.headers["retry-after"] == "1"
+        threading.Timer(0.2, other.close).start()
+        assert client.get("/v1/contexts").json()["data"][0]["id"] == made["id"]
+        assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
 class TestStore:
     """Without a server around it."""
 
@@ -245,8 +275,8 @@ class TestStore:
         for store in self.stores:
             store.close()
 
-    def store(self, session: Session, folder: Path) -> ContextStore:
-        self.stores.append(ContextStore(folder, session, budget=1 << 30, memory=1 << 30))
+    def store(self, session: Session, folder: Path, **how: Any) -> ContextStore:
+        self.stores.append(ContextStore(folder, session, budget=1 << 30, memory=1 << 30, **how))
         return self.stores[-1]
 
     def add(self, store: ContextStore, tenant: str = "t") -> str:
@@ -304,6 +334,28 @@ class TestStore:
             self.add(store)
         assert store.totals() == (0, 0)
         assert [path for path in tmp_path.iterdir() if not path.name.startswith("index")] == []
+
+    def test_servers_share_a_folder(self, attached: Session, tmp_path: Path) -> None:
+        stores = [self.store(attached, tmp_path, shared=True) for _ in range(3)]
+
+        def work(number: int) -> list[str]:
+            ids = [self.add(stores[number]) for _ in range(8)]
+            for one in ids[::2]:
+                stores[(number + 1) % 3].load("t", one)
+                stores[(number + 2) % 3].delete("t", one)
+            return ids[1::2]
+
+        with ThreadPoolExecutor(3) as threads:
+            kept = {one for ids in threads.map(work, range(3)) for one in ids}
+        assert [{one.id for one in store.all_of("t")} for store in stores] == [kept] * 3
+        assert len(list(tmp_path.glob("*.safetensors"))) == len(kept) == 12
+        # What one has forgotten, another does not answer from memory.
+        gone = kept.pop()
+        stores[0].load("t", gone)
+        stores[1].delete("t", gone)
+        with pytest.raises(ApiError, match="no such context"):
+            stores[0].load("t", gone)
+        assert not list(tmp_path.glob("index*-wal"))
 
     def test_ids_are_random(self, attached: Session, tmp_path: Path) -> None:
         store = self.store(attached, tmp_path)

@@ -32,6 +32,33 @@ def test_a_page_loads_nothing_from_elsewhere(client: httpx.Client) -> None:
         assert not re.search(r" (on\w+|style)=", answer.text)
 
 
+@pytest.mark.parametrize("path", ["/", "/docs", "/health", "/openapi.json", "/v1/models"])
+def test_head_is_get_without_the_body(path: str, client: httpx.Client) -> None:
+    whole, head = client.get(path), client.head(path)
+    assert head.status_code == whole.status_code == 200
+    assert head.content == b""
+    for name in ("content-type", "content-length", "content-security-policy"):
+        assert head.headers.get(name) == whole.headers.get(name)
+    assert client.head("/v1/completions").status_code == 405
+    assert client.head("/nowhere").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/health", "GET, HEAD"),
+        ("/v1/completions", "POST"),
+        ("/v1/contexts", "GET, HEAD, POST"),
+        ("/v1/contexts/x", "DELETE, GET, HEAD"),
+        ("/v1/models/a/b", "GET, HEAD"),
+    ],
+)
+def test_a_method_that_is_none_is_told_the_others(path: str, allowed: str, client: httpx.Client) -> None:
+    for method in ("TRACE", "PUT", "BREW"):
+        answer = client.request(method, path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+
+
 def test_everything_on_the_page_has_a_name(client: httpx.Client) -> None:
     text = client.get("/").text
     tags: list[tuple[str, dict[str, str | None]]] = []

@@ -12,28 +12,34 @@ from lococo.serve.alive import kept_alive
 from lococo.serve.failures import ApiError, internal
 from lococo.serve.jobs import Delta, Finished, Layout
 from lococo.serve.pending import ClientGone, Pending, answering
+from lococo.serve.replies import ChatCompletion, Model, Models, TextCompletion, done, told
 from lococo.serve.schema import AnyAnswer, ChatRequest, CompletionRequest
 from lococo.serve.shapes import DONE, Shape, event
 from lococo.serve.state import State, note, state_of, tenant_of
 
 router = APIRouter(prefix="/v1")
+ANSWERS = told(404, 503, 504)
 NO_STORE = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
 
 
-@router.get("/models", summary="List the model")
+@router.get("/models", summary="List the model", responses=done(Models) | told())
 async def models(request: Request) -> dict[str, Any]:
     """Return the one model there is."""
     return {"object": "list", "data": [_model(state_of(request))]}
 
 
-@router.get("/models/{model:path}", summary="Show the model")
+@router.get("/models/{model:path}", summary="Show the model", responses=done(Model) | told(404))
 async def model(request: Request, model: str) -> dict[str, Any]:
     """Return the model, if that is its name."""
     _check_model(state_of(request), model)
     return _model(state_of(request))
 
 
-@router.post("/chat/completions", summary="Answer a conversation")
+@router.post(
+    "/chat/completions",
+    summary="Answer a conversation",
+    responses=done(ChatCompletion, streams=True) | ANSWERS | told(410),
+)
 async def chat(request: Request, body: ChatRequest) -> Response:
     """Answer the last message, about a context if one is named."""
     state, tenant = state_of(request), tenant_of(request)
@@ -64,7 +70,7 @@ async def chat(request: Request, body: ChatRequest) -> Response:
     return await _answered(request, body, pending, Shape("chat", state.model))
 
 
-@router.post("/completions", summary="Go on from a prompt")
+@router.post("/completions", summary="Go on from a prompt", responses=done(TextCompletion, streams=True) | ANSWERS)
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """Write what follows a prompt."""
     state = state_of(request)

@@ -19,11 +19,13 @@ from lococo.documents import read_text
 from lococo.errors import LococoError
 from lococo.serve.alive import kept_alive
 from lococo.serve.answer_routes import NO_STORE
+from lococo.serve.apart import read_apart
 from lococo.serve.contexts import Record
 from lococo.serve.failures import ApiError, internal
 from lococo.serve.feed import Feed
 from lococo.serve.jobs import Held, Progress
 from lococo.serve.pending import ClientGone, Pending
+from lococo.serve.replies import Context, Contexts, Deleted, Slots, done, told
 from lococo.serve.schema import ContextRequest
 from lococo.serve.shapes import DONE, event
 from lococo.serve.state import State, note, state_of, tenant_of
@@ -33,6 +35,7 @@ from lococo.tokenization import encode_stream
 router = APIRouter(prefix="/v1/contexts")
 SUFFIXES = {".html", ".htm", ".pdf"}  # others are read as text
 LONGEST_NAME = 200
+YES_OR_NO = {"true": True, "1": True, "false": False, "0": False, "": False}
 BODY = {
     "requestBody": {
         "required": True,
@@ -49,6 +52,8 @@ BODY = {
     }
 }
 
+PLACE = {"Location": {"description": "Where the context is shown", "schema": {"type": "string"}}}
+
 
 @dataclass(frozen=True)
 class Document:
@@ -56,18 +61,24 @@ class Document:
 
     Attributes:
         name: For people.
-        pieces: Opens it, and yields its text.
+        pieces: Opens it, and yields its text; is told how to find out whether anybody wants it.
         stream: Whether to tell how far the reading has come.
         discard: Deletes what was put aside for it.
     """
 
     name: str
-    pieces: Callable[[], Iterator[str]]
+    pieces: Callable[[Callable[[], bool]], Iterator[str]]
     stream: bool
     discard: Callable[[], None] = lambda: None
 
 
-@router.post("", status_code=201, summary="Read a document", openapi_extra=BODY)
+@router.post(
+    "",
+    status_code=201,
+    summary="Read a document",
+    openapi_extra=BODY,
+    responses=done(Context, status=201, streams=True, headers=PLACE) | told(415, 503, 504, 507),
+)
 async def create(request: Request) -> Response:
     """Read a document into slots, and keep them to be asked."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -95,28 +106,32 @@ async def create(request: Request) -> Response:
     raise internal()  # events end with Held or an exception
 
 
-@router.get("", summary="List the documents that were read")
+@router.get("", summary="List the documents that were read", responses=done(Contexts) | told(503))
 async def listed(request: Request) -> dict[str, Any]:
     """Return all contexts of this key, the latest first."""
     records = await run_in_threadpool(state_of(request).store.all_of, tenant_of(request))
     return {"object": "list", "data": [record.to_dict() for record in records]}
 
 
-@router.get("/{context_id}", summary="Show one")
+@router.get("/{context_id}", summary="Show one", responses=done(Context) | told(404, 503))
 async def one(request: Request, context_id: str) -> dict[str, Any]:
     """Return what the index says about a context."""
     record = await run_in_threadpool(state_of(request).store.get, tenant_of(request), context_id)
     return record.to_dict()
 
 
-@router.delete("/{context_id}", summary="Forget one")
+@router.delete("/{context_id}", summary="Forget one", responses=done(Deleted) | told(404, 503))
 async def delete(request: Request, context_id: str) -> dict[str, Any]:
     """Delete a context and its file."""
     await run_in_threadpool(state_of(request).store.delete, tenant_of(request), context_id)
     return {"id": context_id, "object": "context.deleted", "deleted": True}
 
 
-@router.get("/{context_id}/slots", summary="Show which tokens survive, layer by layer")
+@router.get(
+    "/{context_id}/slots",
+    summary="Show which tokens survive, layer by layer",
+    responses=done(Slots) | told(404, 410, 503),
+)
 async def slots(request: Request, context_id: str, bins: int = Query(100, ge=1, le=1000)) -> dict[str, Any]:
     """Return the token that each slot is, per layer and head, and the share kept of each part of the text."""
     record, kept = await run_in_threadpool(state_of(request).store.kept, tenant_of(request), context_id)
@@ -145,7 +160,7 @@ async def _from_json(request: Request) -> Document:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         place = ".".join(map(str, first["loc"])) or None
         raise ApiError(400, f"{place or 'the body'}: {first['msg']}", code="invalid_body", param=place) from None
-    return Document(body.name, lambda: read_text(io.StringIO(body.text)), bool(body.stream))
+    return Document(body.name, lambda wanted: read_text(io.StringIO(body.text)), bool(body.stream))
 
 
 async def _from_form(request: Request) -> Document:
@@ -153,12 +168,15 @@ async def _from_form(request: Request) -> Document:
         file = form.get("file")
         if not isinstance(file, UploadFile):
             raise ApiError(400, "the form has no file; expected one in the field `file`", code="no_file", param="file")
+        stream = YES_OR_NO.get(str(form.get("stream", "")).lower())
+        if stream is None:
+            raise ApiError(400, "stream is either true or false", code="invalid_body", param="stream")
         name = Path((file.filename or "file").replace("\\", "/")).name[:LONGEST_NAME] or "file"
         path = await run_in_threadpool(_copied, file, Path(name).suffix.lower())
         return Document(
             name,
-            lambda: _uploaded(path, name),
-            str(form.get("stream", "")).lower() in ("true", "1"),
+            lambda wanted: _uploaded(path, name, wanted),
+            stream,
             lambda: shutil.rmtree(path.parent, ignore_errors=True),
         )
 
@@ -176,10 +194,10 @@ def _copied(file: UploadFile, suffix: str) -> Path:
     return path
 
 
-def _uploaded(path: Path, name: str) -> Iterator[str]:
+def _uploaded(path: Path, name: str, wanted: Callable[[], bool]) -> Iterator[str]:
     """Yield the text of an upload; in errors it has the name that the client gave it."""
     try:
-        yield from read_text(path)
+        yield from read_apart(path, wanted) if path.suffix in SUFFIXES else read_text(path)
     except LococoError as error:
         raise type(error)(str(error).replace(str(path), name)) from None
 
@@ -189,7 +207,7 @@ def _encode(state: State, document: Document, feed: Feed) -> None:
     try:
         wording = Wording.of(state.session)
         feed.put(wording.prompt.opening_ids())
-        for ids in encode_stream(wording.tokenizer, document.pieces()):
+        for ids in encode_stream(wording.tokenizer, document.pieces(lambda: not feed.closed)):
             if not feed.put(ids):
                 return
         feed.close()

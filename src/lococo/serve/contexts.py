@@ -15,7 +15,7 @@ from typing import Any
 from lococo.cache import SlotCache
 from lococo.errors import FileFormatError, LococoError
 from lococo.inspect_context import Kept, kept_of
-from lococo.serve.failures import ApiError
+from lococo.serve.failures import ApiError, index_busy
 from lococo.session import Session
 from lococo.storage import load_context, save_context
 
@@ -23,6 +23,7 @@ ID = re.compile(r"ctx_[0-9a-f]{32}")
 SUFFIX = ".safetensors"
 # A file without a line in the index is what a killed process left, unless it is being written just now.
 STALE_SECONDS = 3600.0
+LOCK_SECONDS = 20.0  # to wait for another process that writes to the index
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS contexts (
     id TEXT PRIMARY KEY, tenant TEXT NOT NULL, name TEXT NOT NULL, fingerprint TEXT NOT NULL,
@@ -65,9 +66,10 @@ class ContextStore:
         session: Reads and asks them; those of other models or settings stay on disk, unseen.
         budget: Bytes that all files may take; those unused for longest go first.
         memory: Bytes of contexts that are kept ready.
+        shared: Other servers use the folder as well.
     """
 
-    def __init__(self, folder: Path, session: Session, *, budget: int, memory: int) -> None:
+    def __init__(self, folder: Path, session: Session, *, budget: int, memory: int, shared: bool = False) -> None:
         self.folder = folder
         self.session = session
         self.budget = budget
@@ -76,7 +78,7 @@ class ContextStore:
         self._ready: OrderedDict[str, SlotCache] = OrderedDict()
         self._fingerprint = session.slots.fingerprint()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._index = _opened(folder / "index.sqlite3")
+        self._index = _opened(folder / "index.sqlite3", shared=shared)
         self._sweep()
 
     def close(self) -> None:
@@ -104,6 +106,8 @@ class ContextStore:
                 self._keep_ready(record_id, cache)
         except (OSError, sqlite3.Error) as error:
             path.unlink(missing_ok=True)
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+                raise index_busy() from error
             raise ApiError(507, "the context could not be written; free some space", code="storage_full") from error
         except ApiError:
             path.unlink(missing_ok=True)
@@ -223,11 +227,12 @@ class ContextStore:
                 yield path
 
 
-def _opened(path: Path) -> sqlite3.Connection:
+def _opened(path: Path, *, shared: bool) -> sqlite3.Connection:
     """Open an index, or begin one."""
-    index = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+    index = sqlite3.connect(path, timeout=LOCK_SECONDS, check_same_thread=False, isolation_level=None)
     try:
-        index.execute("PRAGMA journal_mode=WAL")
+        # A write-ahead log wants memory that all processes share, which those on several machines do not.
+        index.execute(f"PRAGMA journal_mode={'DELETE' if shared else 'WAL'}")
         index.execute(SCHEMA)
     except sqlite3.Error as error:
         index.close()

@@ -58,6 +58,12 @@ def draining() -> ApiError:
     return ApiError(503, "the server is shutting down; try another or again later", code="draining", retry_after=5)
 
 
+def index_busy() -> ApiError:
+    """Return what a client is told while other servers keep the index of contexts locked."""
+    message = "the index of contexts cannot be used now; try again later"
+    return ApiError(503, message, code="index_busy", retry_after=1)
+
+
 def too_long(limit: int) -> ApiError:
     """Return what a client is told about a prompt or document of more tokens than the server reads."""
     return ApiError(

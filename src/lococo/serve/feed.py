@@ -46,6 +46,11 @@ class Feed:
             return self._closed or self._count() >= length
 
     @property
+    def closed(self) -> bool:
+        """Whether no more will come, or be read."""
+        return self._closed
+
+    @property
     def empty(self) -> bool:
         """Whether all ids were taken and no others will come."""
         with self._changed:

@@ -1,6 +1,8 @@
 """What every request passes before anything reads its body: where it comes from, whose it is, how large it may be."""
 
 import asyncio
+import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -19,7 +21,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN = {"/", "/health", "/docs", "/openapi.json"}
 # Requests that are let in beside those that the engine takes: for lists, figures, and bodies on their way.
 SPARE = 64
-BODY_SECONDS = 60.0  # without a further piece of a body
+BODY_SECONDS = 60.0  # without a further piece of a body, and for those that come at less than `LEAST_RATE`
+LEAST_RATE = 4096  # bytes per second
+# What somebody on the way may have read from the first of two, and we from the last.
+ONCE = {"authorization", "content-length", "content-type", "host", "origin", "transfer-encoding"}
 
 
 class Gate:
@@ -44,14 +49,17 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        pairs = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
+        headers = dict(pairs)
         try:
+            _check_framing(pairs)
             self._check_origin(headers)
             self._check_length(headers.get("content-length", "0"))
             self._check_room(scope["path"])
             scope.setdefault("state", {})["tenant"] = self._tenant(scope["path"], headers)
         except ApiError as error:
-            await JSONResponse(error.body(), error.status, error.reply_headers())(scope, receive, send)
+            closing = {"Connection": "close"} if error.code == "ambiguous_headers" else {}
+            await JSONResponse(error.body(), error.status, error.reply_headers() | closing)(scope, receive, send)
             return
         self.inside += 1
         try:
@@ -85,16 +93,17 @@ class Gate:
 
     def _counted(self, receive: Receive) -> Receive:
         """Return a `receive` for bodies that are neither larger than allowed, whatever headers say, nor endless."""
-        count, whole = 0, False
+        count, whole, begun = 0, False, time.monotonic()
 
         async def counted() -> MutableMapping[str, Any]:
             nonlocal count, whole
             if whole:
                 return await receive()
+            left = begun + BODY_SECONDS + count / LEAST_RATE - time.monotonic()
             try:
-                message = await asyncio.wait_for(receive(), BODY_SECONDS)
+                message = await asyncio.wait_for(receive(), min(BODY_SECONDS, max(0.0, left)))
             except TimeoutError:
-                raise ApiError(408, f"no more of the body came for {BODY_SECONDS:g} seconds", code="slow") from None
+                raise ApiError(408, "the body comes too slowly", code="slow") from None
             count += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if count > self.max_body:
@@ -102,6 +111,15 @@ class Gate:
             return message
 
         return counted
+
+
+def _check_framing(pairs: list[tuple[str, str]]) -> None:
+    """Refuse headers that somebody on the way may read in another sense than we do: whose, or how long, a body is."""
+    counts = Counter(name for name, _ in pairs)
+    twice = sorted(name for name in ONCE if counts[name] > 1)
+    if twice or {"content-length", "transfer-encoding"} <= counts.keys():
+        named = twice[0] if twice else "content-length with transfer-encoding"
+        raise ApiError(400, f"{named}: these headers can be read in two ways", code="ambiguous_headers")
 
 
 def _name(host: str) -> str:

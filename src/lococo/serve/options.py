@@ -18,6 +18,7 @@ class ServerOptions:
         port: Port to listen on; 0 takes a free one.
         api_keys: File with one API key per line; every key has contexts and conversations of its own.
         contexts: Folder where contexts are kept; lococo's cache folder by default.
+        shared: Other servers use that folder as well, perhaps over a network: its index is locked as a file is.
         contexts_mib: All contexts together take at most this many MiB on disk; those unused for longest go first.
         memory_mib: Conversations, and contexts, are kept ready in at most this many MiB of memory each.
         max_batch: Requests that are read or answered at a time.
@@ -32,6 +33,7 @@ class ServerOptions:
     port: int = 8000
     api_keys: str | None = None
     contexts: str | None = None
+    shared: bool = False
     contexts_mib: int = 4096
     memory_mib: int = 1024
     max_batch: int = 16

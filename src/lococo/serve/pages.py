@@ -10,8 +10,10 @@ from typing import Any
 
 INDEX = files("lococo.serve").joinpath("page.html").read_text("utf-8")
 STYLE = (
-    "body{font:1rem/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color-scheme:light dark}"
-    "pre{overflow:auto;padding:.5rem;border:1px solid #8888}"
+    ":root{color-scheme:light dark}"
+    "body{font:1rem/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;"
+    "background:Canvas;color:CanvasText}"
+    "h2,h3{overflow-wrap:anywhere}pre{overflow:auto;padding:.5rem;border:1px solid #8888}"
 )
 
 
@@ -38,7 +40,7 @@ def docs(schema: dict[str, Any]) -> str:
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
         f"<title>lococo API</title><style>{STYLE}</style>",
-        '<h1>lococo API</h1><p>As JSON: <a href="/openapi.json">openapi.json</a></p>',
+        '<main><h1>lococo API</h1><p>As JSON: <a href="/openapi.json">openapi.json</a></p>',
     ]
     for path, methods in schema["paths"].items():
         for method, operation in methods.items():
@@ -49,8 +51,9 @@ def docs(schema: dict[str, Any]) -> str:
     parts.append("<h2>Schemas</h2>")
     for name, one in schema.get("components", {}).get("schemas", {}).items():
         parts.append(f'<h3 id="{html.escape(name)}">{html.escape(name)}</h3>{_shown(one)}')
-    return "\n".join([*parts, "</html>"])
+    return "\n".join([*parts, "</main></html>"])
 
 
 def _shown(value: Any) -> str:
-    return f"<pre>{html.escape(json.dumps(value, indent=2))}</pre>"
+    # What can be scrolled must be within a keyboard's reach.
+    return f'<pre tabindex="0">{html.escape(json.dumps(value, indent=2))}</pre>'

@@ -1,8 +1,9 @@
 """What clients send. Unknown fields are let through as OpenAI's server does, wrong types are not."""
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from lococo.serve.failures import ApiError
 from lococo.serve.jobs import Sampling
@@ -43,7 +44,10 @@ def _listed(value: Any) -> Any:
 
 
 Stop = Annotated[str, Field(min_length=1)]
-Stops = Annotated[Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None, BeforeValidator(_listed)]
+Stops = Annotated[
+    Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None,
+    BeforeValidator(_listed, json_schema_input_type=Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] | None),
+]
 
 
 class StreamOptions(Strict):
@@ -67,6 +71,18 @@ class AnyAnswer(Strict):
     presence_penalty: float | None = 0
     frequency_penalty: float | None = 0
     logit_bias: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def whole_characters(cls, data: Any) -> Any:
+        """Refuse halves of surrogate pairs: Python's JSON lets them through, and no tokenizer takes them."""
+        if not isinstance(data, dict):
+            return data  # it is refused for that
+        try:
+            json.dumps(data, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("it has half a character (a lone surrogate)") from None
+        return data
 
     def refused(self) -> dict[str, Any]:
         """Return the fields that would change the answer and are not supported, unless they ask for nothing."""

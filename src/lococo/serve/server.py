@@ -11,6 +11,7 @@ import uvicorn
 
 from lococo.errors import ArgumentError
 from lococo.serve.app import make_app
+from lococo.serve.connection import Connection
 from lococo.serve.journal import to_stream
 from lococo.serve.keys import Keys
 from lococo.serve.options import ServerOptions
@@ -31,6 +32,8 @@ class Server(uvicorn.Server):
     def __init__(self, state: State, options: ServerOptions) -> None:
         config = uvicorn.Config(
             make_app(state),
+            http=Connection,
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,

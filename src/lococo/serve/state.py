@@ -54,7 +54,8 @@ def started(session: Session, options: ServerOptions, keys: Keys | None = None) 
     if session.slots.compressor is None:
         raise LococoError("compressor 'full' grows with every token and cannot be served; choose another")
     folder = cache_folder() / "contexts" if options.contexts is None else Path(options.contexts).expanduser()
-    store = ContextStore(folder, session, budget=options.contexts_mib * MIB, memory=options.memory_mib * MIB)
+    limits = {"budget": options.contexts_mib * MIB, "memory": options.memory_mib * MIB}
+    store = ContextStore(folder, session, shared=options.shared, **limits)
     engine = Engine(
         session,
         max_batch=options.max_batch,

@@ -267,7 +267,7 @@ def _row_times_matrix(row: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 def _row_kept(row: Tensor) -> Tensor:
     """Return what `_row_times_matrix` takes, in float32; more than one row are left as they are."""
-    return kept(row.float()) if _is_one_row(row) else row
+    return cast(Tensor, kept(row.float())) if _is_one_row(row) else row
 
 
 def _is_one_row(row: Tensor) -> bool:

@@ -292,7 +292,7 @@ def _attention_of_one_query(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     logits = (kept(query.float() * scale) * key.float()).sum(-1)  # (b h s)
     logits = logits if attn_mask is None else logits + attn_mask[:, :, 0].float()
-    weights = kept(logits.softmax(-1))
+    weights = cast(Tensor, kept(logits.softmax(-1)))
     return (weights[..., None] * value.float()).sum(2, keepdim=True).to(query.dtype)
 
 

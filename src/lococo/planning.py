@@ -66,4 +66,6 @@ def plan(
     if json:
         print(jsonlib.dumps(made.to_dict()))
     else:
-        Console().print(*planned.tables(made))
+        console = Console()
+        for part in planned.tables(made):
+            console.print(part, highlight=False, markup=False)

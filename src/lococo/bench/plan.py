@@ -260,25 +260,25 @@ def _compressing(model: PreTrainedModel, heads: int, entries: int) -> int:
     return heads * entries * (6 * _shape(model)[2] + QUERY_ROWS) * 4
 
 
-def tables(made: Plan) -> "list[Table]":
-    """Lay a plan out for people."""
+def tables(made: Plan) -> "list[Table | str]":
+    """Lay a plan out for people: tables and the lines between them, which are wider than such narrow tables."""
     from rich.table import Table
 
     what = f"{made.model}, {made.parameters / 1e9:.2f} billion parameters in {made.dtype}"
     title = f"{what}; {made.batch} x {made.context:,} tokens, {made.num_slots} slots, chunks of {made.chunk_size}"
     beyond = made.window is not None and made.context > made.window
-    caption = f"beyond the window of {made.window:,} the full cache reads no sense" if beyond else None
-    memory = Table("GiB", title=title, caption=caption)
+    remark = [f"beyond the window of {made.window:,} the full cache reads no sense"] if beyond else []
+    memory = Table("GiB")
     for heading in ("full cache", "slots"):
         memory.add_column(heading, justify="right")
     memory.add_row("weights", *[f"{made.weights / 2**30:,.2f}"] * 2)
     memory.add_row("cache", *(f"{need.cache / 2**30:,.3f}" for need in (made.full, made.slots)))
     memory.add_row("activations", *(f"{need.activations / 2**30:,.3f}" for need in (made.full, made.slots)))
     memory.add_row("all", *(f"{(made.weights + need.total) / 2**30:,.2f}" for need in (made.full, made.slots)))
-    title = f"largest batch of {made.context:,} tokens, a tenth of the memory left free"
-    batches = Table("device", title=title)
+    batches = Table("device")
     for heading in ("full cache", "slots"):
         batches.add_column(heading, justify="right")
     for device, both in made.batches.items():
         batches.add_row(device, *(f"{batch:,}" if batch else "none" for batch in both))
-    return [memory, batches]
+    free = f"largest batch of {made.context:,} tokens, a tenth of the memory left free"
+    return [title, memory, *remark, free, batches]

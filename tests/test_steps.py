@@ -2,10 +2,9 @@ import pytest
 import torch
 from families import heads_for, left_padded, tiny, tokens
 from torch._dynamo.utils import counters
-from torch.nn import functional
 
 import lococo
-from lococo import steps
+from lococo import graphs
 from lococo.reader import prefill
 
 NAMES = ("keys", "values", "positions", "log_mass", "token_index", "mass", "queries")
@@ -73,23 +72,11 @@ def test_what_no_step_can_do_is_read_the_plain_way():
         assert len(output.hidden_states) == 5
 
 
-def test_products_and_sums_are_those_of_the_libraries():
-    torch.manual_seed(0)
-    row, weight, bias = torch.randn(1, 1, 24), torch.randn(40, 24), torch.randn(40)
-    mine = steps._row_times_matrix(row, weight, bias)
-    assert torch.allclose(mine, functional.linear(row, weight, bias), atol=1e-5)
-    query, key, value = torch.randn(2, 4, 1, 12), torch.randn(2, 4, 30, 12), torch.randn(2, 4, 30, 12)
-    mask = torch.randn(2, 4, 1, 30).masked_fill(torch.rand(2, 4, 1, 30) < 0.3, -torch.inf)
-    mine = steps._attention_of_one_query(query, key, value, mask, scale=0.3)
-    assert torch.allclose(mine, functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3), atol=1e-5)
-
-
 def test_without_a_compiler_decoding_says_so_in_one_line(monkeypatch):
     def no_compiler(graph, inputs):
         raise RuntimeError("no C++ compiler")
 
-    monkeypatch.setattr(steps, "_COMPILED", {})
-    monkeypatch.setattr(steps, "_backend", no_compiler)
+    monkeypatch.setattr(graphs, "_backend", no_compiler)
     model, ids = tiny("qwen3"), tokens(1, 30)
     with lococo.attach(model, "mass-merge", num_slots=32, chunk_size=16, compiled=True) as slots, torch.no_grad():
         cache = slots.new_cache()

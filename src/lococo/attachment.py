@@ -21,10 +21,11 @@ from lococo.cache import Positions, SlotCache, grows
 from lococo.compressors import Compressor, Shape
 from lococo.errors import ArgumentError, LococoError, UnsupportedModelError, WindowError
 from lococo.facts import ModelFacts, weights_fingerprint
+from lococo.graphs import linear_step
 from lococo.norms import norms_of
 from lococo.probe import Probe, probed
 from lococo.rope import Rotary
-from lococo.steps import Steps, linear_step
+from lococo.steps import Steps
 from lococo.tuned import TUNED_FOR
 
 
@@ -129,7 +130,7 @@ class Attachment:
         undo: list[Callable[[], None]] = [lambda: setattr(config, "_attn_implementation", implementation)]
         config._attn_implementation = attention.register(implementation)
         forward = self.decoder.forward
-        steps = Steps(forward) if self.compiled else None
+        steps = Steps(forward, self.decoder) if self.compiled else None
         around = Around(self.model, self.decoder)
         undo.append(around.watch())
         undo.append(_replace_forward(self.decoder, _ReadingInChunks(forward, self.decoder, steps, around)))

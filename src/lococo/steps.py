@@ -12,12 +12,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lococo.cache import SlotCache
-from lococo.errors import LococoError
+from lococo.graphs import Graphs
 from lococo.slot_layer import SlotLayer
 
 # What a step may be asked for; a call with more is read the plain way.
@@ -120,7 +119,11 @@ class StepLayer(CacheLayerMixin):
 
 
 class StepCache(Cache):
-    """A SlotCache as a graph wants it; of fixed shape, with all that changes in tensors."""
+    """A SlotCache as a graph wants it; of fixed shape, with all that changes in tensors.
+
+    Attributes:
+        kind: What else a graph depends on: which layers keep attention mass and queries for the compressor.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(layers=[StepLayer(self, layer_idx) for layer_idx in range(number)])
@@ -137,6 +140,7 @@ class StepCache(Cache):
         self.ring = self.tokens % cache.chunk_size
         self.positions = positions[:, 0].float().expand(len(tokens)).contiguous()
         layers = cache.slot_layers
+        self.kind = tuple((layer.mass is None, layer.queries is None) for layer in layers)
         places = torch.tensor([layer.filled for layer in layers], device=device).unbind()
         for mine, layer, place in zip(self.layers, layers, places, strict=True):
             cast(StepLayer, mine).show(layer, place)
@@ -145,8 +149,9 @@ class StepCache(Cache):
 class Steps:
     """Reads one token per row by a compiled forward of a decoder; made anew with every attachment, compiled once."""
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
+    def __init__(self, forward: Callable[..., Any], decoder: nn.Module) -> None:
         self.forward = forward
+        self.graphs = Graphs(_decoder_step, decoder)
 
     def takes(self, cache: SlotCache, arguments: dict[str, Any]) -> bool:
         """Tell whether a call can be such a step: one token in every row of a cache that has read something."""
@@ -167,137 +172,11 @@ class Steps:
             cache.step = StepCache(len(cache.layers))
         cache.step.show(cache, position_ids)
         with cache.norms_holding(always=True):
-            hidden = compiled(_decoder_step)(self.forward, cache.step, position_ids, **inputs)
+            given = tuple(name for name, value in inputs.items() if value is not None)
+            hidden = self.graphs((cache.step.kind, given), self.forward, cache.step, position_ids, **inputs)
         return MoeModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
 
 
 def _decoder_step(forward: Callable[..., Any], cache: StepCache, position_ids: Tensor, **inputs: Any) -> Tensor:
     output = forward(position_ids=position_ids, past_key_values=cache, slot_cache=cache, use_cache=True, **inputs)
     return cast(Tensor, output.last_hidden_state)
-
-
-def linear_step(row: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Multiply a row (d) by a matrix, compiled: the last step of a decoder, from hidden states to logits."""
-    return cast(Tensor, compiled(functional.linear)(row, weight, bias))
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function as one graph; compiled by the first call of each kind, the same for all callers.
-
-    Raises:
-        LococoError: Of the call, where there is no compiler.
-    """
-    known = _COMPILED.get(function)
-    if known is None:
-        graph = torch.compile(function, backend=_backend, fullgraph=True, dynamic=False)
-
-        def known(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return graph(*args, **kwargs)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                reason = " ".join(str(error).split())[:200]
-                raise LococoError(f"decoding could not be compiled ({reason}); leave out compiled") from error
-
-        _COMPILED[function] = known
-    return known
-
-
-_COMPILED: dict[Callable[..., Any], Callable[..., Any]] = {}
-
-
-@torch.library.custom_op("lococo::kept", mutates_args=())
-def kept(values: Tensor) -> Tensor:
-    """Return values as they are, and have the compiler write them down rather than compute them wherever they are read.
-
-    Its loops are made of whole expressions: a row times a matrix would take the norm before it once per row of the
-    matrix, and attention the sine and cosine of the query once per slot.
-    """
-    return values.clone()
-
-
-@kept.register_fake
-def _(values: Tensor) -> Tensor:
-    return torch.empty_like(values)
-
-
-def _backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.lowering import lowerings, register_lowering
-
-    if torch.ops.lococo.kept.default not in lowerings:
-        register_lowering(torch.ops.lococo.kept, type_promotion_kind=None)(_written_down)
-    if not any(isinstance(each, Tensor) and each.device.type != "cpu" for each in inputs):
-        _write_for_cpu(graph.graph)
-        graph.recompile()
-    return cast(Callable[..., Any], compile_fx(graph, inputs))
-
-
-def _write_for_cpu(graph: torch.fx.Graph) -> None:
-    """Put loops in place of functions that are slow for one row; a row that meets several matrices is kept once."""
-    rows: dict[Any, torch.fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in _ON_CPU:
-            continue
-        if node.target is functional.linear:
-            row, *others = node.args
-            if row not in rows:
-                with graph.inserting_after(row):
-                    rows[row] = graph.call_function(_row_kept, (row,))
-            node.args = (rows[row], *others)
-        node.target = _ON_CPU[node.target]
-
-
-def _written_down(values: Any) -> Any:
-    values.realize()
-    return values
-
-
-def _row_times_matrix(row: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply one row, see `_row_kept`, by a matrix as products and sums.
-
-    The compiler makes one loop of them that reads weights as fast as memory gives them; the libraries' own products of
-    matrices, made for many rows, reach half of that here (docs/log.md).
-    """
-    if not _is_one_row(row):
-        return functional.linear(row, weight, bias)
-    product = (row.reshape(1, -1) * weight).sum(-1).to(weight.dtype)
-    product = product if bias is None else product + bias
-    return product.view(*row.shape[:-1], -1)
-
-
-def _row_kept(row: Tensor) -> Tensor:
-    """Return what `_row_times_matrix` takes, in float32; more than one row are left as they are."""
-    return cast(Tensor, kept(row.float())) if _is_one_row(row) else row
-
-
-def _is_one_row(row: Tensor) -> bool:
-    return row.numel() == row.shape[-1]
-
-
-def _attention_of_one_query(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """Attend with one query per head as products and sums, which are compiled into few loops."""
-    if query.shape[2] != 1 or dropout_p or enable_gqa:
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = (kept(query.float() * scale) * key.float()).sum(-1)  # (b h s)
-    logits = logits if attn_mask is None else logits + attn_mask[:, :, 0].float()
-    weights = cast(Tensor, kept(logits.softmax(-1)))
-    return (weights[..., None] * value.float()).sum(2, keepdim=True).to(query.dtype)
-
-
-# What a graph for a CPU has in place of functions that are slow for one row.
-_ON_CPU: dict[Any, Any] = {
-    functional.linear: _row_times_matrix,
-    functional.scaled_dot_product_attention: _attention_of_one_query,
-}

@@ -1,5 +1,6 @@
 """One training from beginning to end: corpus, budgets, steps, checkpoints, and the heads that come of it."""
 
+import math
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lococo.attachment import window_of
 from lococo.budgets import calibration_weights
 from lococo.compressors import of_heads
-from lococo.compressors.heads import save_heads
+from lococo.compressors.heads import Heads, save_heads
 from lococo.compressors.learned import LearnedHeads
-from lococo.errors import ArgumentError, DocumentError
+from lococo.errors import ArgumentError, DocumentError, TrainingError
 from lococo.facts import ModelFacts
 from lococo.train.data import Corpus, Document, corpus_of, split
 from lococo.train.hub import PREFIX
@@ -27,6 +28,9 @@ from lococo.train.trained import heads_in, new_heads
 Row = dict[str, Any]
 
 CHECKPOINT = "checkpoint.safetensors"
+
+# What heads are written as.
+SAVED_AS = torch.float16
 
 # Windows on which the layers' shares are measured, and the groups of layers that share one.
 CALIBRATION_WINDOWS = 6
@@ -62,12 +66,17 @@ def train(
         documents: Taken of each data set of the hub, at most.
         save_every: Steps between checkpoints.
         say: Called with a line for people.
-        after_step: Called with each step's figures, see `Training.run`; every `save_every` steps with held_out, the
-            loss on text that was kept apart, at the smallest number of slots.
+        after_step: Called with each step's figures, see `Training.run_saving`.
 
     Returns:
         What is written into the heads' config: recipe, tokens, seconds, and held_out_before and held_out, the loss by
         number of slots on text that was kept apart.
+
+    Raises:
+        ArgumentError: If the recipe does not fit the model.
+        DocumentError: If there is no text, or none that is long enough.
+        FileFormatError: If the checkpoint is damaged or of another training.
+        TrainingError: If a loss is not finite; the last good checkpoint is kept.
     """
     if data:
         corpus, held_out = corpus_of(data, tokenizer, documents=documents, seed=recipe.seed)
@@ -105,18 +114,32 @@ def train(
     training.run_saving(checkpoint, lessons, HELD_OUT_BETWEEN, save_every=save_every, after_step=after_step)
     if isinstance(heads, LearnedHeads) and recipe.learned_scores:
         fit_scores(model, heads, corpus, recipe, say)
+    _round(heads)
+    after = training.evaluate(lessons, HELD_OUT_WINDOWS)
+    if not all(map(math.isfinite, after.values())):
+        raise TrainingError(
+            f"with the heads as they ended the loss on held-out text is not finite ({after}), so they were not written; "
+            f"delete {checkpoint} and train with lower learning rates"
+        )
     figures = {
         "recipe": {key: value for key, value in vars(recipe).items()},
         # Heads travel: where a folder lay is nobody's business.
         "data": [source if source.startswith(PREFIX) else Path(source).resolve().name for source in data],
         "held_out_was_kept_apart": apart,
         **training.notes,
-        "held_out": training.evaluate(lessons, HELD_OUT_WINDOWS),
+        "held_out": after,
     }
     if training.accelerator.is_main_process:
-        save_heads(heads, output, ModelFacts.of(model), training=figures, dtype=torch.float16)
+        save_heads(heads, output, ModelFacts.of(model), training=figures, dtype=SAVED_AS)
         checkpoint.unlink(missing_ok=True)
     return figures
+
+
+@torch.no_grad()
+def _round(heads: Heads) -> None:
+    """Round heads to what is written of them, so that what is measured is what is loaded later."""
+    for parameter in heads.parameters():
+        parameter.copy_(parameter.to(SAVED_AS))
 
 
 def _long_enough(corpus: Corpus, held_out: Corpus, recipe: Recipe) -> tuple[Corpus, Corpus]:

@@ -200,11 +200,13 @@ class Training:
             FileFormatError: If it is damaged, or of another model or recipe.
         """
         header, tensors = read_checkpoint(file)
-        made_with = header["made_with"]
-        if made_with != self._made_with:
+        if header["made_with"] != self._made_with:
+            theirs, mine = json.loads(header["made_with"]), json.loads(self._made_with)
+            names = [name for name in sorted(theirs | mine) if theirs.get(name) != mine.get(name)]
+            said = (", ".join(f"{name} {of.get(name)}" for name in names) for of in (theirs, mine))
             raise FileFormatError(
-                f"{file} was made with another recipe, model or text ({made_with}) than this one "
-                f"({self._made_with}); use the same, or another folder"
+                "{} was made with another recipe, model or text ({}) than this one ({}); use the same, or another "
+                "folder".format(file, *said)
             )
         self.step, self.notes = int(header["step"]), json.loads(header["notes"])
         self.trained.load_state(tensors)

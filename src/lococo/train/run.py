@@ -118,7 +118,7 @@ def train(
     after = training.evaluate(lessons, HELD_OUT_WINDOWS)
     if not all(map(math.isfinite, after.values())):
         raise TrainingError(
-            f"with the heads as they ended the loss on held-out text is not finite ({after}), so they were not written; "
+            f"with the heads as they ended the loss on held-out text is not finite ({after}), so they are not written; "
             f"delete {checkpoint} and train with lower learning rates"
         )
     figures = {
@@ -144,7 +144,7 @@ def _round(heads: Heads) -> None:
 
 def _long_enough(corpus: Corpus, held_out: Corpus, recipe: Recipe) -> tuple[Corpus, Corpus]:
     """Refuse documents that are too short now, not after an hour; where few are long enough, use all for both."""
-    least = max(recipe.num_slots) + 2 * recipe.chunk_size
+    least = max(*recipe.num_slots, *recipe.calibrate_at, 0) + 2 * recipe.chunk_size
     try:
         for part, seed in ((corpus, recipe.seed), (held_out, -1)):
             part.window(seed, 0, length=recipe.length, least=least)
@@ -158,8 +158,9 @@ def _long_enough(corpus: Corpus, held_out: Corpus, recipe: Recipe) -> tuple[Corp
 def standard_library(tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus]:
     """Return Python's own standard library as a corpus, which every machine has."""
     folder = Path(sysconfig.get_path("stdlib"))
+    # Below the folder: the folder itself may lie in one of such a name.
     files = sorted(
-        path for path in folder.rglob("*.py") if "site-packages" not in path.parts and "test" not in path.parts
+        path for path in folder.rglob("*.py") if not {"site-packages", "test"} & {*path.relative_to(folder).parts}
     )
     documents = [Document(path, 0, path.stat().st_size) for path in files if path.stat().st_size > 0]
     topics = folder / "pydoc_data" / "topics.py"

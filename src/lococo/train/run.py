@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lococo.attachment import window_of
 from lococo.budgets import calibration_weights
 from lococo.compressors import of_heads
-from lococo.compressors.heads import Heads, save_heads
+from lococo.compressors.heads import CHECKPOINT, Heads, save_heads
 from lococo.compressors.learned import LearnedHeads
 from lococo.errors import ArgumentError, DocumentError, TrainingError
 from lococo.facts import ModelFacts
@@ -26,8 +26,6 @@ from lococo.train.scores import Example, collect, fit
 from lococo.train.trained import heads_in, new_heads
 
 Row = dict[str, Any]
-
-CHECKPOINT = "checkpoint.safetensors"
 
 # What heads are written as.
 SAVED_AS = torch.float16

@@ -154,7 +154,13 @@ def plot_file(plot: str | None) -> Path | None:
     if plot is None:
         return None
     check_extra("eval", "matplotlib")
-    return output_file(plot)
+    picture = output_file(plot)
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if picture.suffix[1:].lower() not in known:
+        raise ArgumentError(f"{plot}: expected a picture of {', '.join(sorted(known))}; name a file such as plot.svg")
+    return picture
 
 
 def _installed(name: str) -> bool:

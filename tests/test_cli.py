@@ -202,3 +202,13 @@ def test_a_closed_pipe_is_quiet() -> None:
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr == ""
     assert done.returncode in (0, cli.BROKEN_PIPE)
+
+
+def test_one_value_where_several_may_stand_in_a_config(tmp_path, capsys):
+    config = tmp_path / "recipe.yaml"
+    for line in ("num_slots: 64", "data: texts"):
+        config.write_text(line)
+        said = refused(["train", "-o", str(tmp_path / "out"), "--config", str(config)], capsys)
+        assert "put it into brackets, such as num_slots: [64]" in said
+    config.write_text("")
+    assert "expected lines such as num_slots: [64]" in refused(["train", "-o", "out", "--config", str(config)], capsys)

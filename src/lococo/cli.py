@@ -250,6 +250,9 @@ def _plain(message: str, flags: Sequence[str]) -> str:
     message = message.replace("Expected a <class 'int'>", "expected a whole number")
     message = message.replace("Expected a <class 'float'>", "expected a number")
     message = re.sub(r"Expected a typing\.Literal\[(.*?)\]", r"expected one of \1", message)
+    if re.search("object is not iterable|does not support item assignment", message):
+        return "--config has one value where several may stand; put it into brackets, such as num_slots: [64]"
+    message = re.sub("^Unexpected config:.*", "--config: expected lines such as num_slots: [64], found none", message)
     required = "the following arguments are required: "
     if message.startswith(required):
         names = message.removeprefix(required).split(", ")

@@ -4,9 +4,10 @@ Every field is a flag of the same name with dashes, and its line below is the fl
 """
 
 import importlib.util
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lococo.errors import ArgumentError
 from lococo.files import output_file
@@ -105,6 +106,35 @@ def check_at_least_one(**counts: int) -> None:
             raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
+KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number such as 0.001",
+    str: "a name",
+    tuple: "whole numbers in brackets such as [64, 128]",
+}
+
+
+def check_kinds(options: Any) -> None:
+    """Refuse fields of a dataclass that are of another kind than their defaults, as those of a YAML file may be.
+
+    Raises:
+        ArgumentError: Names the field.
+    """
+    for part in fields(options):
+        value, kind = getattr(options, part.name), type(part.default)
+        if not _is_kind(value, kind):
+            raise ArgumentError(f"expected {part.name} to be {KINDS[kind]}, got {value!r}")
+
+
+def _is_kind(value: Any, kind: type) -> bool:
+    if kind is tuple:
+        return isinstance(value, tuple | list) and all(_is_kind(each, int) for each in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
 def check_extra(extra: str, *packages: str) -> None:
     """Refuse what needs packages of an extra that are not installed.
 
@@ -124,7 +154,13 @@ def plot_file(plot: str | None) -> Path | None:
     if plot is None:
         return None
     check_extra("eval", "matplotlib")
-    return output_file(plot)
+    picture = output_file(plot)
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if picture.suffix[1:].lower() not in known:
+        raise ArgumentError(f"{plot}: expected a picture of {', '.join(sorted(known))}; name a file such as plot.svg")
+    return picture
 
 
 def _installed(name: str) -> bool:

@@ -8,6 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+from lococo.errors import ArgumentError
 from lococo.files import check_exists, output_of_texts, training_folder
 from lococo.options import ModelOptions, check_at_least_one, check_extra, plot_file
 from lococo.results import results_file
@@ -84,6 +85,10 @@ def ablate(table: str, *, data: str, output: str, json: str, plot: str | None = 
     check_exists(path, "a table of ablations in YAML")
     target = output_of_texts(data, json)
     picture = plot_file(plot)
+    for written in (Path(output).expanduser(), target):
+        # What is done is known by the text, and would not be once there is more of it.
+        if written.resolve().is_relative_to(Path(data).expanduser().resolve()):
+            raise ArgumentError(f"{written} lies in --data {data}, whose files are the text; write elsewhere")
     from rich.console import Console
 
     check_extra("train", "accelerate")

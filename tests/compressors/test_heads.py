@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import safetensors.torch
 import torch
 from families import tiny, tokens
 
@@ -74,6 +75,32 @@ def test_damaged_heads_are_refused(saved, damage):
         (folder / damage).unlink()
     with pytest.raises(FileFormatError, match=str(folder)):
         lococo.attach(tiny(), str(folder), num_slots=40, chunk_size=16)
+
+
+def test_weights_of_other_shapes_are_told_in_few_words(saved):
+    _, folder = saved
+    config = json.loads((folder / "config.json").read_text())
+    config["settings"]["kernel_size"] = 5
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FileFormatError, match="take both files of one training") as refused:
+        lococo.attach(tiny(), str(folder), num_slots=40, chunk_size=16)
+    assert "size mismatch for convolutions.0.weight" in str(refused.value)
+    assert len(str(refused.value)) < 400 + len(str(folder))
+
+
+def test_weights_that_are_not_finite_are_refused(saved):
+    _, folder = saved
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    state["mix.2"] = torch.tensor(torch.nan)
+    safetensors.torch.save_file(state, folder / "model.safetensors")
+    with pytest.raises(FileFormatError, match="weights that are not finite"):
+        lococo.attach(tiny(), str(folder), num_slots=40, chunk_size=16)
+
+
+def test_a_training_that_has_not_ended_is_called_so(tmp_path):
+    (tmp_path / "checkpoint.safetensors").write_bytes(b"")
+    with pytest.raises(FileFormatError, match="has not ended; run the same `lococo train` once more"):
+        lococo.attach(tiny(), str(tmp_path), num_slots=40, chunk_size=16)
 
 
 def test_a_folder_does_not_take_the_place_of_a_compressor(saved, tmp_path, monkeypatch):

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from families import heads_for, left_padded, tiny, tokens
@@ -150,3 +152,11 @@ def test_a_model_without_heads_of_its_own():
     with pytest.raises(ArgumentError, match=r"no heads for .* come with lococo; train them"):
         lococo.attach(tiny(), "lococo", num_slots=40)
     assert lococo.attach(tiny(), num_slots=40).compressor.name == "mass-merge"
+
+
+@pytest.mark.parametrize("weights", [[1, 1, 1], [0, 0, 0, 0], [1, 1, 1, -3], [1, 1, 1, math.nan]])
+def test_budgets_that_are_none_are_refused(tmp_path, weights):
+    heads = heads_for(tiny(), budgets={64: weights})
+    save_heads(heads, tmp_path, ModelFacts.of(tiny()))
+    with pytest.raises(FileFormatError, match="expected 4 shares of 64 slots, not all 0"):
+        lococo.attach(tiny(), str(tmp_path), num_slots=64, chunk_size=16)

@@ -3,6 +3,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from commands import refused
 from families import tiny
 
 from lococo.errors import ArgumentError, DocumentError
@@ -94,6 +95,18 @@ def test_what_would_fail_after_hours_fails_at_once(tmp_path, data, tokenizer):
     rows = ablations.read_table(table_in(tmp_path, TABLE.replace("compressor: h2o", "compressor: h3o")))
     with pytest.raises(ArgumentError, match="unknown compressor 'h3o'"):
         run(rows, data)
+    for row, message in (
+        ("{subject: a, name: b, use: {num_slots: [8]}}", "a, b: its heads need at least 9 slots"),
+        (
+            "{subject: a, name: b, use: {max_length: 2000}}",
+            "a, b: windows of 2000 tokens leave the model's own of 1024",
+        ),
+        ("{subject: a, name: b, recipe: {length: 3000}}", "a, b: windows of 3000 tokens leave the model's own of 1024"),
+        ("{subject: a, name: b, recipe: {heads: lococo-paper}}", r"slots 24 in each of 4 layers, but .* slots 40"),
+    ):
+        rows = ablations.read_table(table_in(tmp_path, TABLE.partition("rows:")[0] + f"rows: [{row}]"))
+        with pytest.raises(ArgumentError, match=message):
+            run(rows, data)
     (tmp_path / "same" / "books").mkdir(parents=True)
     (tmp_path / "same" / "books" / "a.txt").write_text("w1 " * 300)
     with pytest.raises(DocumentError, match="trained and measured on the same files"):
@@ -109,11 +122,40 @@ def test_what_would_fail_after_hours_fails_at_once(tmp_path, data, tokenizer):
         ("rows: [{subject: a, name: b, recipes: {}}]", "has recipes; expected use, and one of"),
         ("columns: 1", "columns"),
         ("rows: [", "expected base, use and rows"),
+        ("", "the file holds None, not names with values"),
+        ("rows: {a: 1}", "rows is no list of rows"),
+        ("base:\nrows: [{subject: a, name: b}]", "base holds None"),
+        ("rows: [{subject: a, name: b, recipe: }]", "a, b: recipe holds None"),
+        ("rows: [{subject: a, name: b, use: {slots: 3}}]", "a, b: use has no slots"),
+        ("base: {kernel: 3}\nrows: [{subject: a, name: b}]", "a recipe has no kernel"),
+        ("rows: [{subject: a, name: b, use: {num_slots: 64}}]", "expected num_slots to be whole numbers in brackets"),
+        ("rows: [{subject: a, name: b, use: {chunk_size: many}}]", "expected chunk_size to be a whole number"),
+        ("rows: [{subject: a, name: b, use: {max_windows: 0}}]", "expected max_windows to be at least 1"),
+        ("rows: [{subject: a, name: b, use: {max_length: 500}}]", "raise max_length"),
+        ("rows: [{subject: a, name: b, use: {budget: unifrom}}]", "unknown budget 'unifrom'"),
+        ("rows: [{subject: a, name: b, recipe: {learning_rate: 1e-3}}]", r"a finite number such as 0\.001, got '1e-3'"),
+        ("rows: [{subject: a, name: b}, {subject: a, name: b, recipe: {depth: 2}}]", "two rows are called a, b"),
     ],
 )
 def test_tables_that_cannot_be(tmp_path, text, message):
     with pytest.raises(ArgumentError, match=message):
         ablations.read_table(table_in(tmp_path, text))
+
+
+def test_a_number_of_slots_is_measured_once():
+    assert ablations.Use(num_slots=(24, 40, 24)).num_slots == (24, 40)
+
+
+@pytest.mark.parametrize(("output", "rows"), [("data/out", "rows.jsonl"), ("out", "data/rows.jsonl")])
+def test_results_within_the_text_are_refused(tmp_path, data, capsys, output, rows):
+    words = ["ablate", str(table_in(tmp_path)), "--data", str(data), "-o", str(tmp_path / output)]
+    assert "whose files are the text; write elsewhere" in refused([*words, "--json", str(tmp_path / rows)], capsys)
+
+
+def test_a_picture_of_unknown_kind_is_refused_before_training(tmp_path, data, capsys):
+    words = ["ablate", str(table_in(tmp_path)), "--data", str(data), "-o", str(tmp_path / "out")]
+    words += ["--json", str(tmp_path / "rows.jsonl"), "--plot", str(tmp_path / "plot.nonsense")]
+    assert "name a file such as plot.svg" in refused(words, capsys)
 
 
 def test_the_table_that_comes_with_the_project_can_be_read():

@@ -2,8 +2,11 @@ import pytest
 from families import tiny
 from test_perplexity import document, write
 
+from lococo import attach
+from lococo.compressors.heads import save_heads
 from lococo.errors import ArgumentError, DocumentError
 from lococo.eval import needle
+from lococo.facts import ModelFacts
 
 
 @pytest.fixture
@@ -46,6 +49,14 @@ def test_enough_slots_answer_as_the_full_cache(tokenizer, data):
         tiny(), tokenizer, data=data, compressors=["h2o"], num_slots=200, chunk_size=16, lengths=[120], trials=3
     )
     assert rows[0]["correct"] == rows[1]["correct"]
+
+
+def test_a_row_names_heads_without_their_place(tokenizer, data, tmp_path):
+    heads = attach(tiny(), "lococo-paper", num_slots=40, chunk_size=16).compressor.merge
+    save_heads(heads, tmp_path / "far" / "mine", ModelFacts.of(tiny()))
+    options = {"num_slots": 40, "chunk_size": 16, "lengths": [120], "trials": 2}
+    rows = needle.evaluate(tiny(), tokenizer, data=data, compressors=[str(tmp_path / "far" / "mine")], **options)
+    assert [row["compressor"] for row in rows] == ["full", "mine"]
 
 
 def test_wilson():

@@ -83,9 +83,38 @@ def test_documents_shorter_than_a_window(folder):
 
 def test_lines_without_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "' + "x" * 500 + '"}\n')
-    corpus, _ = corpus_in(tmp_path)
-    with pytest.raises(DocumentError, match="expected lines of JSON with a 'text' field"):
-        corpus.window(0, 0, length=50, least=20)
+    with pytest.raises(DocumentError, match="line 1: expected lines of JSON with a 'text' field"):
+        corpus_in(tmp_path)
+
+
+def test_a_line_without_text_among_others_is_found_before_training(tmp_path):
+    good = json.dumps({"text": "word " * 100})
+    (tmp_path / "a.jsonl").write_text(f"{good}\n\n{good}\n{{'text': 3}}\n{good}\n")
+    with pytest.raises(DocumentError, match=r"a\.jsonl, line 4: expected lines of JSON"):
+        corpus_in(tmp_path)
+
+
+def test_one_long_document_among_many_short_ones_is_always_found(tmp_path):
+    class Words:
+        """A tokenizer of words, of ten letters each in the short documents."""
+
+        def __call__(self, text, add_special_tokens=False):
+            return {"input_ids": [len(word) for word in text.split()]}
+
+    for number in range(300):
+        (tmp_path / f"{number}.txt").write_text("tenletters " * 20)
+    (tmp_path / "long.txt").write_text("one " * 60)
+    corpus, _ = corpus_of([str(tmp_path)], Words(), documents=1, seed=0, held_out=0)
+    windows = [corpus.window(0, number, length=40, least=30) for number in range(50)]
+    assert all(set(window) <= {2, 3} and 30 <= len(window) <= 40 for window in windows)
+
+
+def test_a_folder_named_twice_is_read_once(folder):
+    once, twice = (corpus_of([str(folder)] * count, Letters(), documents=1, seed=0) for count in (1, 2))
+    for part in (0, 1):
+        assert once[part].fingerprint == twice[part].fingerprint
+    for domain, documents in twice[0].domains.items():
+        assert not set(documents) & set(twice[1].domains[domain])
 
 
 def test_a_folder_that_is_split_itself_gives_its_training_part_alone(tmp_path):

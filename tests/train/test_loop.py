@@ -16,8 +16,10 @@ import lococo
 from lococo.compressors.heads import load_heads
 from lococo.errors import ArgumentError, DocumentError, FileFormatError, TrainingError
 from lococo.facts import weights_fingerprint
+from lococo.train.data import Corpus, Document
+from lococo.train.lessons import HeadLessons
 from lococo.train.recipe import Recipe
-from lococo.train.run import CHECKPOINT, train
+from lococo.train.run import CHECKPOINT, HELD_OUT_WINDOWS, train
 from lococo.train.trained import heads_in
 
 
@@ -217,7 +219,8 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     trained = training(tmp_path, steps=3)
     trained.save(tmp_path / "checkpoint.safetensors")
     other = training(tmp_path, steps=3, compare_every=2)
-    with pytest.raises(FileFormatError, match="made with another recipe, model or text"):
+    # What differs alone is named.
+    with pytest.raises(FileFormatError, match=r"recipe, model or text \(compare_every 1\) than this one \(compare_ev"):
         other.load(tmp_path / "checkpoint.safetensors")
     # A training that ran away goes on with lower rates.
     training(tmp_path, steps=3, learning_rate=1e-4).load(tmp_path / "checkpoint.safetensors")
@@ -243,6 +246,42 @@ def test_a_checkpoint_is_kept_where_the_disk_is_full(tmp_path, monkeypatch):
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_last_step_that_runs_away_is_not_written(tmp_path):
+    trained = training(tmp_path, steps=1)
+    (tmp_path / "text").mkdir()
+    for name in "ab":
+        (tmp_path / "text" / f"{name}.txt").write_text(CORPUS[ord(name) :])
+
+    def run(rate):
+        recipe = Recipe(**RECIPE | {"steps": 1, "learned_scores": False, "learning_rate": rate})
+        folder, said = tmp_path / "heads", []
+        arguments = {"data": [str(tmp_path / "text")], "save_every": 20, "say": said.append}
+        return train(trained.lessons.model, trained.lessons.corpus.tokenizer, recipe, folder, **arguments), said
+
+    # Far from any step at which a checkpoint is due.
+    with pytest.raises(TrainingError, match="held-out text is not finite; the last checkpoint is from before"):
+        run(1e30)
+    assert [path.name for path in (tmp_path / "heads").iterdir()] == [CHECKPOINT]
+    figures, said = run(1e-3)
+    assert said == ["going on after step 0 of 1"]
+    assert all(0 < loss < 10 for loss in figures["held_out"].values())
+
+
+def test_what_is_measured_at_the_end_is_what_is_loaded(tmp_path):
+    trained = training(tmp_path, steps=1)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text(CORPUS)
+    recipe = Recipe(**RECIPE | {"steps": 2, "learned_scores": False, "learning_rate": 0.3})
+    tokenizer, folder = trained.lessons.corpus.tokenizer, tmp_path / "heads"
+    model = trained.lessons.model
+    figures = train(model, tokenizer, recipe, folder, data=[str(tmp_path / "text")], say=lambda line: None)
+    _, heads = load_heads(folder, dict.fromkeys(range(4), 24), 12)
+    again = training(tmp_path / "text", model=model, resumed=heads, **{"steps": 2, "learned_scores": False})
+    whole = {"": [Document(tmp_path / "text" / "a.txt", 0, len(CORPUS))]}
+    lessons = HeadLessons(model, heads, Corpus(whole, tokenizer), recipe)
+    assert figures["held_out"] == again.evaluate(lessons, HELD_OUT_WINDOWS)
+
+
 def test_recipes_that_cannot_be():
     with pytest.raises(ArgumentError, match="raise length to 1024 or more"):
         Recipe(length=500)
@@ -255,6 +294,13 @@ def test_recipes_that_cannot_be():
             Recipe(**wrong)
     with pytest.raises(ArgumentError, match="expected objective to be one of distillation, next-token, attention"):
         Recipe(objective="next_token")
+    for wrong in ({"steps": 1.5}, {"learned_scores": "no"}, {"num_slots": 24}, {"learning_rate": float("nan")}):
+        with pytest.raises(ArgumentError, match=f"expected {next(iter(wrong))} to be .*, got"):
+            Recipe(**wrong)
+    with pytest.raises(ArgumentError, match="expected seed to be a number of 64 bits"):
+        Recipe(seed=1 << 70)
+    with pytest.raises(ArgumentError, match="expected heavy_share to be from 0 to less than 1"):
+        Recipe(heavy_share=1.0)
     with pytest.raises(ArgumentError, match="one number in num_slots"):
         Recipe(heads="lococo-paper")
 

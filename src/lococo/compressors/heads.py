@@ -1,6 +1,7 @@
 """Learned heads on disk: a folder with `config.json` and `model.safetensors`."""
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from lococo.errors import FileFormatError
 from lococo.facts import ModelFacts
 
 FORMAT_VERSION = 1
+
+# Of a training that is under way, in the folder of its heads.
+CHECKPOINT = "checkpoint.safetensors"
 
 Heads = PaperHeads | LearnedHeads
 
@@ -84,7 +88,13 @@ def load_heads(
         heads = kind.of_settings(settings)
         heads.load_state_dict(state)
     except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise FileFormatError(f"{folder}/model.safetensors does not fit its config.json: {error}") from error
+        # torch names every weight.
+        said = textwrap.shorten(str(error), 200, placeholder=" ...")
+        raise FileFormatError(
+            f"{folder}/model.safetensors does not fit its config.json: {said}; take both files of one training"
+        ) from error
+    if not all(tensor.isfinite().all() for tensor in state.values()):
+        raise FileFormatError(f"{folder}/model.safetensors has weights that are not finite; train these heads again")
     if mismatch := heads.mismatch(slots_per_layer, head_dim):
         raise FileFormatError(
             f"{folder} was made for {mismatch}; use the number of slots and the model it was made for"
@@ -120,6 +130,8 @@ def shipped_heads(facts: ModelFacts) -> Path | None:
 
 
 def _unreadable(folder: Path, error: Exception) -> FileFormatError:
+    if (folder / CHECKPOINT).exists() and not (folder / "config.json").exists():
+        return FileFormatError(f"{folder} holds a training that has not ended; run the same `lococo train` once more")
     return FileFormatError(
         f"{folder} holds no readable heads (expected config.json and model.safetensors): {error!r}; save them again"
     )

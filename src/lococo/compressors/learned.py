@@ -69,7 +69,12 @@ class LearnedHeads(nn.Module):
     def of_settings(cls, settings: dict[str, Any]) -> "LearnedHeads":
         """Make heads of their `settings`."""
         budgets = {int(slots): list(weights) for slots, weights in settings["budgets"].items()}
-        return cls(HeadSettings(**settings | {"budgets": budgets}))
+        form = HeadSettings(**settings | {"budgets": budgets})
+        for slots, weights in budgets.items():
+            known = all(0 <= weight < math.inf for weight in weights) and any(weights)
+            if len(weights) != len(form.layers) or not known:
+                raise ValueError(f"expected {len(form.layers)} shares of {slots} slots, not all 0, got {weights}")
+        return cls(form)
 
     def mismatch(self, slots_per_layer: dict[int, int], head_dim: int) -> str:
         """Say what they were made for and what is asked for, where the two differ."""

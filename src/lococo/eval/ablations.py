@@ -11,19 +11,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lococo import compressors
-from lococo.attachment import attach
+from lococo.attachment import attach, slot_layer_indices, window_of
+from lococo.budgets import BUDGETS
 from lococo.compressors.heads import read_config
 from lococo.compressors.learned import LearnedHeads
 from lococo.corpora import domains
 from lococo.errors import ArgumentError, DocumentError
 from lococo.eval import perplexity
-from lococo.facts import weights_fingerprint
+from lococo.facts import ModelFacts, weights_fingerprint
+from lococo.options import check_kinds
 from lococo.results import Results, Row, key_of
 from lococo.train.recipe import Recipe
 from lococo.train.run import train
+from lococo.train.trained import new_heads
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,23 @@ class Use:
     max_length: int = 2048
     max_windows: int = 3
     budget: str = "own"
+
+    def __post_init__(self) -> None:
+        check_kinds(self)
+        object.__setattr__(self, "num_slots", tuple(dict.fromkeys(self.num_slots)))
+        for name in ("num_slots", "chunk_size", "max_windows"):
+            values = getattr(self, name)
+            if any(value < 1 for value in (values if isinstance(values, tuple) else (values,))):
+                raise ArgumentError(f"expected {name} to be at least 1, got {values}")
+        if not self.num_slots:
+            raise ArgumentError("expected at least one number in num_slots")
+        if self.max_length <= 2 * self.chunk_size:
+            raise ArgumentError(
+                f"windows of {self.max_length} tokens have none beyond the second chunk of {self.chunk_size}; raise "
+                "max_length"
+            )
+        if self.budget not in BUDGETS:
+            raise ArgumentError(f"unknown budget {self.budget!r}; expected one of {', '.join(BUDGETS)}")
 
 
 @dataclass(frozen=True)
@@ -70,6 +91,17 @@ class _Parts:
     use: Row = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        for name in ("base", "use"):
+            _check_mapping(name, getattr(self, name))
+        if not isinstance(self.rows, list) or not all(isinstance(row, dict) for row in self.rows):
+            raise ValueError(f"rows is no list of rows but {self.rows!r}")
+
+
+def _check_mapping(name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} holds {value!r}, not names with values")
+
 
 def read_table(file: Path) -> list[Ablation]:
     """Read a table of ablations.
@@ -80,7 +112,9 @@ def read_table(file: Path) -> list[Ablation]:
     import yaml
 
     try:
-        parts = _Parts(**yaml.safe_load(file.read_text("utf-8")))
+        read = yaml.safe_load(file.read_text("utf-8"))
+        _check_mapping("the file", read)
+        parts = _Parts(**read)
         made = [_ablation(parts, dict(row)) for row in parts.rows]
     except (yaml.YAMLError, TypeError, ValueError, KeyError, UnicodeDecodeError) as error:
         raise ArgumentError(
@@ -88,20 +122,28 @@ def read_table(file: Path) -> list[Ablation]:
         ) from error
     if not made:
         raise ArgumentError(f"{file} has no rows")
+    names = [(row.subject, row.name) for row in made]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise ArgumentError(
+            f"{file}: two rows are called {', '.join(twice[0])}, and their figures would be averaged; rename one"
+        )
     return made
 
 
 def _ablation(parts: _Parts, row: Row) -> Ablation:
-    use = Use(**{key: _tuple(value) for key, value in (parts.use | row.pop("use", {})).items()})
     subject, name = str(row.pop("subject")), str(row.pop("name"))
-    compressor, changed = str(row.pop("compressor", "")), row.pop("recipe", {})
+    compressor, changed, used = str(row.pop("compressor", "")), row.pop("recipe", {}), row.pop("use", {})
+    for part, value in (("recipe", changed), ("use", used)):
+        _check_mapping(f"{subject}, {name}: {part}", value)
+    if unknown := set(parts.use | used) - {part.name for part in fields(Use)}:
+        raise ValueError(f"{subject}, {name}: use has no {', '.join(sorted(unknown))}")
+    use = Use(**{key: _tuple(value) for key, value in (parts.use | used).items()})
     if row or (compressor and changed):
         wrong = ", ".join(row) or "compressor and recipe"
         raise ValueError(f"{subject}, {name} has {wrong}; expected use, and one of recipe and compressor")
     if compressor:
         return Ablation(subject, name, use, compressor=compressor)
-    known = {part.name for part in fields(Recipe)}
-    if unknown := set(changed) - known:
+    if unknown := set(parts.base | changed) - {part.name for part in fields(Recipe)}:
         raise ValueError(f"{subject}, {name}: a recipe has no {', '.join(sorted(unknown))}")
     return Ablation(subject, name, use, Recipe(**{key: _tuple(value) for key, value in (parts.base | changed).items()}))
 
@@ -184,10 +226,35 @@ def _check(ablations: list[Ablation], model: PreTrainedModel, data: Path) -> Non
                 f"domain {domain!r} of {data} would be trained and measured on the same files; split it into folders "
                 "or .jsonl files named train and val"
             )
+    limit = window_of(model)
     for ablation in ablations:
-        if ablation.recipe is None:
-            for num_slots in ablation.use.num_slots:
-                attach(model, ablation.compressor, num_slots=num_slots, chunk_size=ablation.use.chunk_size)
+        longest = max(ablation.use.max_length, 0 if ablation.recipe is None else ablation.recipe.length)
+        if limit is not None and longest > limit:
+            raise ArgumentError(
+                f"{ablation.subject}, {ablation.name}: windows of {longest} tokens leave the model's own of {limit}; "
+                "lower length or max_length"
+            )
+        for num_slots in ablation.use.num_slots:
+            _check_fit(ablation, model, num_slots)
+
+
+def _check_fit(ablation: Ablation, model: PreTrainedModel, num_slots: int) -> None:
+    """Refuse a row whose heads cannot be used with so many slots."""
+    if ablation.recipe is None:
+        attach(model, ablation.compressor, num_slots=num_slots, chunk_size=ablation.use.chunk_size)
+        return
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):  # their shape alone
+        heads = new_heads(model, ablation.recipe)
+    slots = dict.fromkeys(slot_layer_indices(model), num_slots)
+    if mismatch := heads.mismatch(slots, ModelFacts.of(model).head_dim):
+        raise ArgumentError(
+            f"{ablation.subject}, {ablation.name}: its heads would be made for {mismatch}; use them as they are trained"
+        )
+    least = compressors.of_heads(heads, heads.kind).min_slots()
+    if min(num_slots, *ablation.recipe.num_slots) < least:
+        raise ArgumentError(
+            f"{ablation.subject}, {ablation.name}: its heads need at least {least} slots in a layer; raise num_slots"
+        )
 
 
 def _trained(

@@ -99,7 +99,7 @@ def evaluate(
             settings = {
                 "task": "needle",
                 "length": length,
-                "compressor": name,
+                "compressor": Path(name).name,  # of a folder of heads
                 "num_slots": num_slots,
                 "chunk_size": chunk_size,
             }

@@ -5,10 +5,12 @@ number of its next window, and no more than one window's text is held at a time.
 """
 
 import hashlib
+import heapq
 import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +23,9 @@ SUFFIXES = (".txt", ".jsonl")
 
 # Bytes of text that a token stands for, at most, in nearly all text: how much is read for a window.
 BYTES_PER_TOKEN = 6
+
+# Documents that a window is looked for in when drawing has found none.
+LONGEST = 20
 
 
 @dataclass(frozen=True)
@@ -101,10 +106,18 @@ class Corpus:
             ids = self.tokenizer(text.partition(" ")[2] or text, add_special_tokens=False)["input_ids"][:length]
             if len(ids) >= least:
                 return list(ids)
+        # By chance none was long enough: a training that has begun must not end here.
+        for document in draw.sample(longest := self._longest(), len(longest)):
+            ids = self.tokenizer(document.read(0, length * BYTES_PER_TOKEN), add_special_tokens=False)["input_ids"]
+            if len(ids) >= least:
+                return list(ids[:length])
         raise DocumentError(
             f"expected documents of at least {least} tokens, found hardly any; "
             "train with fewer slots, a smaller chunk_size or longer documents"
         )
+
+    def _longest(self) -> list[Document]:
+        return heapq.nlargest(LONGEST, chain.from_iterable(self.domains.values()), key=lambda d: d.nbytes)
 
 
 def corpus_of(
@@ -123,7 +136,7 @@ def corpus_of(
         What to train on, and what was kept apart.
 
     Raises:
-        DocumentError: If there is no text.
+        DocumentError: If there is no text, or a line of JSON has none.
     """
     found: dict[str, list[Document]] = {}
     for source in sources:
@@ -160,7 +173,8 @@ def split(
     apart: dict[str, list[Document]] = {}
     rest: dict[str, list[Document]] = {}
     for name, documents in domains.items():
-        shuffled = sorted(documents, key=lambda d: (d.file.name, d.start))
+        # A folder that is named twice must not be on both sides.
+        shuffled = sorted(dict.fromkeys(documents), key=lambda d: (d.file.name, d.start))
         random.Random(name).shuffle(shuffled)
         count = max(1, round(held_out * len(shuffled))) if len(shuffled) > 1 else 0
         apart[name], rest[name] = shuffled[:count], shuffled[count:]
@@ -182,13 +196,15 @@ def _documents(paths: Iterable[Path]) -> Iterable[Document]:
 def _lines(path: Path) -> Iterable[Document]:
     start = 0
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             if line.strip():
+                # Now, not when it is drawn after hours of training.
+                _field(line, path, f", line {number}")
                 yield Document(path, start, len(line))
             start += len(line)
 
 
-def _field(line: bytes, file: Path) -> str:
+def _field(line: bytes, file: Path, place: str = "") -> str:
     try:
         text = json.loads(line)["text"]
         if isinstance(text, str):
@@ -196,4 +212,4 @@ def _field(line: bytes, file: Path) -> str:
             return text.encode("utf-8", "replace").decode()
     except (ValueError, KeyError, TypeError):
         pass
-    raise DocumentError(f"{file}: expected lines of JSON with a 'text' field, got {line[:60]!r}")
+    raise DocumentError(f"{file}{place}: expected lines of JSON with a 'text' field, got {line[:60]!r}")

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lococo.compressors import selection_of
+from lococo.compressors.heads import CHECKPOINT
 from lococo.errors import DocumentError
 from lococo.train.data import Corpus, corpus_of
 from lococo.train.extension import FULL, Extension
@@ -15,7 +16,7 @@ from lococo.train.hub import PREFIX
 from lococo.train.long_lessons import LongLessons
 from lococo.train.loop import Training, made_with, placed
 from lococo.train.packing import check_longest
-from lococo.train.run import CHECKPOINT, standard_library
+from lococo.train.run import standard_library
 from lococo.train.trained import Trained
 from lococo.train.tuning import Tuning, tune
 from lococo.tuned import base_of, save_tuned

@@ -108,7 +108,7 @@ class Training:
             held_out: Text that was kept apart.
             windows: Of it that are measured, at the smallest number of slots; 0: none.
             save_every: Steps between checkpoints.
-            after_step: See `run`; every `save_every` steps with held_out, the loss on that text.
+            after_step: See `run`; every `save_every` steps and at the last with held_out, the loss on that text.
 
         Raises:
             TrainingError: See `run`.
@@ -116,7 +116,7 @@ class Training:
         fewest = min(self.lessons.turns)
 
         def kept(row: Row) -> None:
-            if row["step"] % save_every == 0:
+            if row["step"] % save_every == 0 or row["step"] == self.schedule.steps:
                 if windows:
                     row["held_out"] = self.evaluate(held_out, windows, [fewest])[str(fewest)]
                     if not math.isfinite(row["held_out"]):
@@ -128,7 +128,6 @@ class Training:
             after_step(row)
 
         self.run(kept)
-        self.save(file)
 
     @torch.no_grad()
     def evaluate(self, lessons: Lessons, windows: int, num_slots: Iterable[int] = ()) -> dict[str, float]:
@@ -201,11 +200,13 @@ class Training:
             FileFormatError: If it is damaged, or of another model or recipe.
         """
         header, tensors = read_checkpoint(file)
-        made_with = header["made_with"]
-        if made_with != self._made_with:
+        if header["made_with"] != self._made_with:
+            theirs, mine = json.loads(header["made_with"]), json.loads(self._made_with)
+            names = [name for name in sorted(theirs | mine) if theirs.get(name) != mine.get(name)]
+            said = (", ".join(f"{name} {of.get(name)}" for name in names) for of in (theirs, mine))
             raise FileFormatError(
-                f"{file} was made with another recipe, model or text ({made_with}) than this one "
-                f"({self._made_with}); use the same, or another folder"
+                "{} was made with another recipe, model or text ({}) than this one ({}); use the same, or another "
+                "folder".format(file, *said)
             )
         self.step, self.notes = int(header["step"]), json.loads(header["notes"])
         self.trained.load_state(tensors)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lococo.errors import ArgumentError
+from lococo.options import check_kinds
 
 Heads = Literal["lococo", "lococo-paper"]
 Objective = Literal["distillation", "next-token", "attention"]
@@ -76,6 +77,7 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         object.__setattr__(self, "num_slots", tuple(self.num_slots))
         object.__setattr__(self, "calibrate_at", tuple(self.calibrate_at))
         for name, kind in (("heads", Heads), ("objective", Objective)):
@@ -100,6 +102,10 @@ class Recipe:
         ):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"expected {name} to be at least 0, got {getattr(self, name)}")
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise ArgumentError(f"expected seed to be a number of 64 bits, got {self.seed}")
+        if not 0 <= self.heavy_share < 1:
+            raise ArgumentError(f"expected heavy_share to be from 0 to less than 1, got {self.heavy_share}")
         if not self.num_slots:
             raise ArgumentError("expected at least one number in num_slots")
         most = max(*self.num_slots, *self.calibrate_at, 0)

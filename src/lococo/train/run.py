@@ -1,5 +1,6 @@
 """One training from beginning to end: corpus, budgets, steps, checkpoints, and the heads that come of it."""
 
+import math
 import sysconfig
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,9 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lococo.attachment import window_of
 from lococo.budgets import calibration_weights
 from lococo.compressors import of_heads
-from lococo.compressors.heads import save_heads
+from lococo.compressors.heads import CHECKPOINT, Heads, save_heads
 from lococo.compressors.learned import LearnedHeads
-from lococo.errors import ArgumentError, DocumentError
+from lococo.errors import ArgumentError, DocumentError, TrainingError
 from lococo.facts import ModelFacts
 from lococo.train.data import Corpus, Document, corpus_of, split
 from lococo.train.hub import PREFIX
@@ -26,7 +27,8 @@ from lococo.train.trained import heads_in, new_heads
 
 Row = dict[str, Any]
 
-CHECKPOINT = "checkpoint.safetensors"
+# What heads are written as.
+SAVED_AS = torch.float16
 
 # Windows on which the layers' shares are measured, and the groups of layers that share one.
 CALIBRATION_WINDOWS = 6
@@ -62,12 +64,17 @@ def train(
         documents: Taken of each data set of the hub, at most.
         save_every: Steps between checkpoints.
         say: Called with a line for people.
-        after_step: Called with each step's figures, see `Training.run`; every `save_every` steps with held_out, the
-            loss on text that was kept apart, at the smallest number of slots.
+        after_step: Called with each step's figures, see `Training.run_saving`.
 
     Returns:
         What is written into the heads' config: recipe, tokens, seconds, and held_out_before and held_out, the loss by
         number of slots on text that was kept apart.
+
+    Raises:
+        ArgumentError: If the recipe does not fit the model.
+        DocumentError: If there is no text, or none that is long enough.
+        FileFormatError: If the checkpoint is damaged or of another training.
+        TrainingError: If a loss is not finite; the last good checkpoint is kept.
     """
     if data:
         corpus, held_out = corpus_of(data, tokenizer, documents=documents, seed=recipe.seed)
@@ -105,23 +112,37 @@ def train(
     training.run_saving(checkpoint, lessons, HELD_OUT_BETWEEN, save_every=save_every, after_step=after_step)
     if isinstance(heads, LearnedHeads) and recipe.learned_scores:
         fit_scores(model, heads, corpus, recipe, say)
+    _round(heads)
+    after = training.evaluate(lessons, HELD_OUT_WINDOWS)
+    if not all(map(math.isfinite, after.values())):
+        raise TrainingError(
+            f"with the heads as they ended the loss on held-out text is not finite ({after}), so they are not written; "
+            f"delete {checkpoint} and train with lower learning rates"
+        )
     figures = {
         "recipe": {key: value for key, value in vars(recipe).items()},
         # Heads travel: where a folder lay is nobody's business.
         "data": [source if source.startswith(PREFIX) else Path(source).resolve().name for source in data],
         "held_out_was_kept_apart": apart,
         **training.notes,
-        "held_out": training.evaluate(lessons, HELD_OUT_WINDOWS),
+        "held_out": after,
     }
     if training.accelerator.is_main_process:
-        save_heads(heads, output, ModelFacts.of(model), training=figures, dtype=torch.float16)
+        save_heads(heads, output, ModelFacts.of(model), training=figures, dtype=SAVED_AS)
         checkpoint.unlink(missing_ok=True)
     return figures
 
 
+@torch.no_grad()
+def _round(heads: Heads) -> None:
+    """Round heads to what is written of them, so that what is measured is what is loaded later."""
+    for parameter in heads.parameters():
+        parameter.copy_(parameter.to(SAVED_AS))
+
+
 def _long_enough(corpus: Corpus, held_out: Corpus, recipe: Recipe) -> tuple[Corpus, Corpus]:
     """Refuse documents that are too short now, not after an hour; where few are long enough, use all for both."""
-    least = max(recipe.num_slots) + 2 * recipe.chunk_size
+    least = max(*recipe.num_slots, *recipe.calibrate_at, 0) + 2 * recipe.chunk_size
     try:
         for part, seed in ((corpus, recipe.seed), (held_out, -1)):
             part.window(seed, 0, length=recipe.length, least=least)
@@ -135,8 +156,9 @@ def _long_enough(corpus: Corpus, held_out: Corpus, recipe: Recipe) -> tuple[Corp
 def standard_library(tokenizer: PreTrainedTokenizerBase) -> tuple[Corpus, Corpus]:
     """Return Python's own standard library as a corpus, which every machine has."""
     folder = Path(sysconfig.get_path("stdlib"))
+    # Below the folder: the folder itself may lie in one of such a name.
     files = sorted(
-        path for path in folder.rglob("*.py") if "site-packages" not in path.parts and "test" not in path.parts
+        path for path in folder.rglob("*.py") if not {"site-packages", "test"} & {*path.relative_to(folder).parts}
     )
     documents = [Document(path, 0, path.stat().st_size) for path in files if path.stat().st_size > 0]
     topics = folder / "pydoc_data" / "topics.py"

@@ -5,8 +5,10 @@ Nothing here imports torch before a verb runs. Every verb checks its files first
 
 import json as jsonlib
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lococo.errors import ArgumentError
 from lococo.files import check_exists, output_of_texts, training_folder
@@ -16,57 +18,102 @@ from lococo.train.processes import first_process
 from lococo.train.recipe import TRAINING_DOCUMENTS, Recipe
 from lococo.verbs import human
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def train(
-    *,
-    output: str,
-    data: tuple[str, ...] = (),
-    documents: int = TRAINING_DOCUMENTS,
-    save_every: int = 20,
-    logs: str | None = None,
-    json: bool = False,
-    recipe: Recipe,
-    model: ModelOptions,
-) -> None:
-    """Train compression heads for a model whose own weights stay as they are.
+    from lococo.train.extension import Extension
 
-    Args:
-        output: Folder for the heads; a training that was stopped goes on from the checkpoint in it.
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What a training reads, and what it leaves on its way.
+
+    Attributes:
         data: Folders of .txt or .jsonl files, their subfolders being domains, of which only the part named train is
             read; data sets of the hub such as hf:owner/name or hf:owner/name:subset; Python's own library by default.
         documents: Taken of each data set of the hub, at most.
         save_every: Steps between checkpoints.
         logs: Folder for TensorBoard's logs.
         json: Print one JSON object on stdout at the end, and everything else on stderr.
+    """
+
+    data: tuple[str, ...] = ()
+    documents: int = TRAINING_DOCUMENTS
+    save_every: int = 20
+    logs: str | None = None
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        check_at_least_one(save_every=self.save_every, documents=self.documents)
+
+    def folder(self, output: str, *packages: str, file: str, what: str) -> Path:
+        """Return the folder to write, once it is known to be writable and the packages to be there.
+
+        Raises:
+            ArgumentError: If one of them is not.
+        """
+        target = training_folder(output, self.data, file=file, what=what)
+        hub = any(source.startswith("hf:") for source in self.data)
+        check_extra("train", "accelerate", *packages, *(["datasets"] if hub else []))
+        return target
+
+
+def train(*, output: str, recipe: Recipe, options: TrainingOptions, model: ModelOptions) -> None:
+    """Train compression heads for a model whose own weights stay as they are.
+
+    Args:
+        output: Folder for the heads; a training that was stopped goes on from the checkpoint in it.
         recipe: How the heads are trained.
+        options: On what.
         model: Which model they are for.
     """
-    check_at_least_one(save_every=save_every, documents=documents)
-    target = training_folder(output, data, file="config.json", what="heads")
-    check_extra("train", "accelerate", *(["datasets"] if any(s.startswith("hf:") for s in data) else []))
+    target = options.folder(output, file="config.json", what="heads")
+    from lococo.train.run import train as run
+
+    carry_out(run, recipe, target, options, model)
+
+
+def carry_out(
+    run: "Callable[..., dict[str, Any]]",
+    recipe: "Recipe | Extension",
+    target: Path,
+    options: TrainingOptions,
+    model: ModelOptions,
+    **more: str | None,
+) -> None:
+    """Load the model, train, and show how far it is and what came of it.
+
+    Args:
+        run: Called with the model, its tokenizer, the recipe, the folder, and the rest by name; returns the figures.
+        recipe: How to train.
+        target: Folder to write.
+        options: On what to train.
+        model: What to load.
+        **more: What else `run` takes.
+    """
     from lococo.train.progress import final_table, steps
-    from lococo.train.run import train as run_training
 
     loaded, tokenizer = model.load()
-    folder = Path(logs).expanduser() if logs is not None and first_process() else None
-    with steps(recipe.steps, folder, quiet=not first_process()) as (say, after_step):
-        figures = run_training(
+    logs = Path(options.logs).expanduser() if options.logs is not None and first_process() else None
+    with steps(recipe.steps, logs, quiet=not first_process()) as (say, after_step):
+        figures = run(
             loaded,
             tokenizer,
             recipe,
             target,
-            data=data,
-            documents=documents,
-            save_every=save_every,
+            data=options.data,
+            documents=options.documents,
+            save_every=options.save_every,
             say=say,
             after_step=after_step,
+            **more,
         )
     if not first_process():
         return
     from rich.console import Console
 
-    Console(file=human(json)).print(final_table(figures))
-    if json:
+    Console(file=human(options.json)).print(final_table(figures))
+    if options.json:
         print(jsonlib.dumps(figures))
 
 

@@ -187,6 +187,18 @@ def test_a_fault_in_one_request_does_not_end_the_others(
     assert Asked(engine, [7, 8], 30).text() == good.text()
 
 
+def test_an_answer_that_cannot_be_written_leaves_the_others_alone(attached: Session, engine: Engine) -> None:
+    asked = [Asked(engine, [5 + n], 30 + n) for n in range(4)]
+    engine.start()
+    while len(engine.batch.answers) < 4:
+        time.sleep(0.001)
+    bad = next(answer for answer in engine.batch.answers if answer.job is asked[1].job)
+    bad.take = lambda logits: 1 / 0  # type: ignore[assignment]
+    assert asked[1].error().code == "internal_error"
+    for n in (0, 2, 3):
+        assert asked[n].text() == expected(attached, [5 + n], 30 + n)
+
+
 @pytest.mark.parametrize("count", [None, 5])
 def test_the_end_of_a_text_may_be_told_after_its_last_token(
     count: int | None, attached: Session, engine: Engine

@@ -96,7 +96,10 @@ class Batch:
             self.failed(answer, error)
             return
         self._remove(group, row)
-        self.left(answer, reason, cache)
+        try:
+            self.left(answer, reason, cache)
+        except Exception as error:
+            self.failed(answer, error)
 
     @staticmethod
     def _remove(group: Group, row: int) -> None:

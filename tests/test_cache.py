@@ -6,7 +6,7 @@ from families import heads_for, left_padded, tiny, tokens
 from transformers import DynamicCache
 
 import lococo
-from lococo.cache import fork, joined, taken
+from lococo.cache import fork, taken
 from lococo.compressors import PAIRS, MassMerge, Selection, SelectMerge
 from lococo.compressors.selections import recency
 from lococo.errors import ArgumentError, LococoError, WindowError
@@ -433,6 +433,13 @@ def test_changes_of_norms_hold_for_joined_rows_that_hold_slots():
         assert batch.slot_layers[0].held == [40, 40]
 
 
+def joined(caches):
+    made = fork(caches[0])
+    for cache in caches[1:]:
+        made.append(cache)
+    return made
+
+
 def assert_rows_are(batch, caches):
     """Each row of the batch holds, bit by bit, what its cache holds."""
     for row, cache in enumerate(caches):
@@ -456,6 +463,49 @@ def test_rows_that_are_taken_out_go_on_by_themselves():
         model(ids[:1, :30], past_key_values=rows[1])
         assert_rows_are(batch, [taken(before, [row]) for row in range(3)])
         assert_rows_are(joined([rows[0]]), [taken(before, [2])])
+
+
+@torch.no_grad()
+def test_rows_join_and_leave_while_the_others_stay_where_they_are():
+    model, ids = tiny(), tokens(6, 100)
+    with lococo.attach(model, "h2o+mass-merge", num_slots=40, chunk_size=16) as slots:
+        alone = [slots.new_cache() for _ in range(6)]
+        for row, cache in enumerate(alone):
+            model(ids[row : row + 1, : 30 + 14 * row], past_key_values=cache)
+        before = [fork(cache) for cache in alone]
+        batch = alone[0]
+        batch.append(alone[1])  # into new storage, with room for two others
+
+        def places():
+            tensors = (getattr(layer, name) for layer in batch.slot_layers for name in SlotLayer.row_tensors)
+            return [tensor.data_ptr() for tensor in tensors if tensor is not None]
+
+        stayed = places()
+        batch.append(alone[2])
+        batch.append(alone[3])
+        assert places() == stayed
+        batch.remove(1)
+        assert_rows_are(batch, [before[row] for row in (0, 3, 2)])
+        batch.remove(2)
+        batch.append(alone[4])
+        assert places() == stayed
+        batch.append(alone[5])
+        assert_rows_are(batch, [before[row] for row in (0, 3, 4, 5)])
+        batch.append(before[1])
+        assert places() != stayed
+        assert_rows_are(batch, [before[row] for row in (0, 3, 4, 5, 1)])
+        # Nobody's slots are written over by those who come into their place.
+        assert_rows_are(joined(alone[1:]), before[1:])
+
+
+@torch.no_grad()
+def test_a_row_is_taken_out_without_copies_of_the_others(monkeypatch):
+    model, ids = tiny(), tokens(3, 100)
+    with lococo.attach(model, "h2o", num_slots=40, chunk_size=16) as slots:
+        batch = slots.new_cache()
+        model(ids, past_key_values=batch)
+        monkeypatch.setattr(SlotLayer, "fork", lambda *args: pytest.fail("the whole batch was copied"))
+        assert taken(batch, [1]).nbytes * 3 == batch.nbytes
 
 
 @torch.no_grad()

@@ -338,6 +338,44 @@ class SlotCache(Cache):
             layer.batch_select_indices(indices)
         self.rows.select(indices.tolist())
 
+    def append(self, other: "SlotCache") -> None:
+        """Hold the rows of another cache as well, behind these; they may have come to any other place.
+
+        Rows that are held are left where they are as long as there is room behind them, so that requests can join
+        others that are being answered.
+
+        Args:
+            other: Made by the same attachment, and has read something; it is left as it is.
+
+        Raises:
+            ArgumentError: If it differs in its settings, or holds sliding layers or states, whose rows must have come
+                equally far.
+        """
+        if not self.holds_slots_alone:
+            raise ArgumentError(
+                "rows of a cache with sliding layers or recurrent states cannot join others; read them one by one"
+            )
+        if not self.is_like(other):
+            raise ArgumentError("only caches of one attachment can be joined; make them with one `new_cache`")
+        if not self.rows.tokens or not other.rows.tokens:
+            raise ArgumentError("an empty cache cannot be joined; read something into it first")
+        self._settle()
+        self.step = None
+        self.incomplete = self.incomplete or other.incomplete
+        self.rows.append(other.rows)
+        for layer, others in zip(self.slot_layers, other.slot_layers, strict=True):
+            layer.append_rows(others)
+
+    def remove(self, row: int) -> None:
+        """Let a row of several go; the last one takes its place, and no other is moved."""
+        assert self.holds_slots_alone
+        assert len(self.rows.tokens) > 1
+        self._settle()
+        self.step = None
+        self.rows.remove(row)
+        for layer in self.slot_layers:
+            layer.remove_row(row)
+
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
         self._settle()
@@ -362,37 +400,15 @@ def fork(cache: Cache) -> Cache:
 
 def taken(cache: SlotCache, rows: Sequence[int]) -> SlotCache:
     """Return a cache of these rows of the batch alone, in this order, that goes on by itself."""
-    made = cast(SlotCache, fork(cache))
-    made.batch_select_indices(torch.tensor(list(rows)))
-    return made
-
-
-def joined(caches: Sequence[SlotCache]) -> SlotCache:
-    """Return a cache of the rows of all these, one after the other, that goes on by itself.
-
-    Rows of a batch need not have come equally far, so requests can join others that are being answered.
-
-    Args:
-        caches: Made by one attachment; each has read something.
-
-    Raises:
-        ArgumentError: If they differ in their settings, or hold sliding layers or states, whose rows must have come
-            equally far.
-    """
-    first = caches[0]
-    if not first.holds_slots_alone:
-        raise ArgumentError(
-            "rows of a cache with sliding layers or recurrent states cannot join others; read them one by one"
-        )
-    if not all(one.is_like(first) for one in caches):
-        raise ArgumentError("only caches of one attachment can be joined; make them with one `new_cache`")
-    if not all(one.rows.tokens for one in caches):
-        raise ArgumentError("an empty cache cannot be joined; read something into it first")
-    made = copy.copy(first)
-    made.rows, made.step, made.past = Rows.joined([one.rows for one in caches]), None, None
-    made.incomplete = any(one.incomplete for one in caches)
-    columns = zip(*(one.slot_layers for one in caches), strict=True)
-    made.layers = [SlotLayer.joined(layers, made.rows) for layers in columns]
+    indices = torch.tensor(list(rows))
+    if not cache.holds_slots_alone:
+        made = cast(SlotCache, fork(cache))
+        made.batch_select_indices(indices)
+        return made
+    made = copy.copy(cache)
+    made.rows, made.step, made.past = copy.deepcopy(cache.rows), None, None
+    made.rows.select(rows)
+    made.layers = [layer.taken(indices, made.rows) for layer in cache.slot_layers]
     return made
 
 

@@ -103,11 +103,15 @@ class Rows:
             values = getattr(self, name)
             setattr(self, name, [values[row] for row in rows])
 
-    @staticmethod
-    def joined(all_rows: Sequence["Rows"]) -> "Rows":
-        """Return the rows of all these, one after the other."""
-        made = Rows(all_rows[0].first_room, all_rows[0].chunk_size)
-        made.seen = max(rows.seen for rows in all_rows)
+    def append(self, others: "Rows") -> None:
+        """Count other rows as well, behind these."""
+        self.seen = max(self.seen, others.seen)
         for name in PER_ROW:
-            setattr(made, name, [value for rows in all_rows for value in getattr(rows, name)])
-        return made
+            setattr(self, name, getattr(self, name) + getattr(others, name))
+
+    def remove(self, row: int) -> None:
+        """Forget a row; the last one takes its place."""
+        for name in PER_ROW:
+            values = getattr(self, name)
+            values[row] = values[-1]
+            values.pop()

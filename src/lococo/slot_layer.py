@@ -2,7 +2,6 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -314,16 +313,29 @@ class SlotLayer(CacheLayerMixin):
                 setattr(made, name, tensor.clone())
         return made
 
-    @staticmethod
-    def joined(layers: Sequence["SlotLayer"], rows: Rows) -> "SlotLayer":
-        """Return a layer of the rows of all these, one after the other, which `rows` counts."""
-        made = copy.copy(layers[0])
+    def append_rows(self, other: "SlotLayer") -> None:
+        """Hold the rows of another layer as well, behind these."""
+        for name in self.row_tensors:
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, _appended(tensor, getattr(other, name)))
+        self.held = self.held + other.held
+        self.carries_mass = self.carries_mass or other.carries_mass
+
+    def remove_row(self, row: int) -> None:
+        """Let a row go; the last one takes its place, and no other is moved."""
+        for name in self.row_tensors:
+            if (tensor := getattr(self, name)) is not None:
+                if row < len(tensor) - 1:
+                    tensor[row] = tensor[-1]
+                setattr(self, name, tensor[:-1])
+        self.held[row] = self.held[-1]
+        self.held.pop()
+
+    def taken(self, indices: Tensor, rows: Rows) -> "SlotLayer":
+        """Return a layer of these rows alone that goes on by itself, with rows of its own."""
+        made = copy.copy(self)
         made.rows, made.lent = rows, set()
-        made.held = [held for layer in layers for held in layer.held]
-        made.carries_mass = any(layer.carries_mass for layer in layers)
-        for name in made.row_tensors:
-            if getattr(made, name) is not None:
-                setattr(made, name, torch.cat([getattr(layer, name) for layer in layers]))
+        made.select_rows(indices)
         return made
 
     def detach(self) -> None:
@@ -371,6 +383,18 @@ class SlotLayer(CacheLayerMixin):
         """Bytes of everything the layer holds."""
         tensors = (getattr(self, name) for name in self.row_tensors)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def _appended(held: Tensor, new: Tensor) -> Tensor:
+    """Return the rows of both, those held where they are as long as their storage has room, which it grows twofold."""
+    rows, row_nbytes = len(held) + len(new), held[0].numel() * held.element_size()
+    if held.untyped_storage().nbytes() < rows * row_nbytes or held.storage_offset():
+        grown = held.new_empty(2 * rows, *held.shape[1:])
+        grown[: len(held)] = held
+        held = grown[: len(held)]
+    whole = held.as_strided((rows, *held.shape[1:]), held.stride())
+    whole[len(held) :] = new
+    return whole
 
 
 def _moved_back(entries: Entries, shift: list[int]) -> Entries:

@@ -18,7 +18,7 @@ from lococo.serve import reading
 from lococo.serve.engine import Engine
 from lococo.serve.failures import ApiError
 from lococo.serve.feed import Feed
-from lococo.serve.jobs import Delta, Event, Failed, Finished, Held, Job, Progress, Sampling
+from lococo.serve.jobs import Delta, Event, Failed, Finished, Held, Job, Layout, Progress, Sampling
 from lococo.session import Session
 
 
@@ -187,6 +187,29 @@ def test_a_fault_in_one_request_does_not_end_the_others(
     assert Asked(engine, [7, 8], 30).text() == good.text()
 
 
+def test_an_answer_that_cannot_be_written_leaves_the_others_alone(attached: Session, engine: Engine) -> None:
+    asked = [Asked(engine, [5 + n], 30 + n) for n in range(4)]
+    engine.start()
+    while len(engine.batch.answers) < 4:
+        time.sleep(0.001)
+    bad = next(answer for answer in engine.batch.answers if answer.job is asked[1].job)
+    bad.take = lambda logits: 1 / 0  # type: ignore[assignment]
+    assert asked[1].error().code == "internal_error"
+    for n in (0, 2, 3):
+        assert asked[n].text() == expected(attached, [5 + n], 30 + n)
+
+
+def test_an_answer_whose_slots_cannot_be_kept_leaves_the_others_alone(
+    attached: Session, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.conversations, "keep", lambda *args: 1 / 0)
+    bad = Asked(engine, [5, 6], 20, layout=Layout("t", [5, 6]))
+    good = [Asked(engine, [7 + n], 40) for n in range(3)]
+    engine.start()
+    assert bad.error().code == "internal_error"
+    assert [one.text() for one in good] == [expected(attached, [7 + n], 40) for n in range(3)]
+
+
 @pytest.mark.parametrize("count", [None, 5])
 def test_the_end_of_a_text_may_be_told_after_its_last_token(
     count: int | None, attached: Session, engine: Engine
@@ -253,8 +276,6 @@ def test_nobody_waits_for_an_engine_that_has_stopped(
 
 
 def test_conversations_stay_within_their_memory(attached: Session) -> None:
-    from lococo.serve.jobs import Layout
-
     cache = attached.slots.new_cache()
     list(stream(attached.model, torch.tensor([[5]]), cache, max_new_tokens=2))
     engine = Engine(attached, max_batch=4, max_queue=9, conversation_nbytes=3 * cache.nbytes)

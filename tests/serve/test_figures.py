@@ -1,5 +1,7 @@
 """Figures for Prometheus."""
 
+import threading
+
 import httpx
 from commands import WORDS
 from prometheus_client.parser import text_string_to_metric_families
@@ -32,3 +34,16 @@ def test_figures_count_what_was_done(client: httpx.Client, served: Running) -> N
     assert after["lococo_batch_size"] == after["lococo_queue_length"] == after["lococo_kv_bytes"] == 0
     assert after["lococo_resident_bytes"] > 1 << 20
     assert more["lococo_conversations"] == 1
+
+
+def test_an_index_in_use_holds_up_the_figures_and_nobody_else(client: httpx.Client, served: Running) -> None:
+    said: list[int] = []
+    with served.client() as other:
+        waits = threading.Thread(target=lambda: said.append(other.get("/metrics").status_code))
+        with served.state.store._lock:  # as while another process writes
+            waits.start()
+            waits.join(0.3)
+            assert client.get("/health", timeout=5).status_code == 200
+            assert said == []
+        waits.join(10)
+    assert said == [200]

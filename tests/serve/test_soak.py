@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,19 @@ def test_what_is_wrong_is_noticed() -> None:
     assert seen.told[0] == "differs at character 6: 'O' for 'o'"
 
 
+def test_a_server_that_dies_is_an_error_and_no_end(attached: Session, tmp_path: Path) -> None:
+    seen = soak.Soak(2)
+    with running(attached, tmp_path) as one:
+        client = soak.Client(one.url)
+        alone = [client.ask("Who?", 4)]
+    begun = time.monotonic()
+    assert soak._together(seen, client, [("Who?", 4)], alone, 0.5) == []
+    assert time.monotonic() - begun < 10
+    assert 2 < seen.errors < 20
+    assert "ConnectionRefusedError" in seen.told[0]
+    assert (seen.answers, seen.wrong, seen.resident_bytes) == (0, 0, [])
+
+
 def test_the_command_prints_figures(wide: Running, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lococo.bench.soak", wide.url, "--clients", "3", "--seconds", "0.5"]
     command += ["--prompts", "2", "--characters", "9", "--tokens", "5", "--json", str(tmp_path / "a.json")]
@@ -57,6 +71,8 @@ def test_the_command_prints_figures(wide: Running, tmp_path: Path) -> None:
     assert figures == json.loads((tmp_path / "a.json").read_text("utf-8"))
     assert figures["clients"] == 3
     assert figures["answers"] >= 3
+    for bound in (["--speedup", "1e6"], ["--growth", "-1"]):
+        assert subprocess.run([*command, *bound], capture_output=True, check=False).returncode == 1
     wide.state.engine.drain(lambda: None)  # refuses everything from now on
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
     assert refused.returncode != 0

@@ -1,10 +1,11 @@
 """Many clients stream answers from a running server for a while, and every answer is held against the one alone.
 
     lococo serve --max-batch 32
-    python -m lococo.bench.soak http://127.0.0.1:8000 --clients 32 --seconds 600 --json soak.json
+    python -m lococo.bench.soak http://127.0.0.1:8000 --clients 32 --seconds 600 --json soak.json --speedup 3
 
 One client asks every prompt first, which gives the answers that are expected and the speed to compare with. Figures
-come as JSON; the exit status is 1 where anything was wrong. A key is taken from the variable OPENAI_API_KEY.
+come as JSON; the exit status is 1 where anything was wrong, too slow, or grew. A key is taken from the variable
+OPENAI_API_KEY.
 """
 
 import http.client
@@ -27,6 +28,10 @@ from lococo.errors import LococoError
 SAMPLE_SECONDS = 1.0
 TIMEOUT = 600.0
 MOST_TOLD = 5
+PAUSE_SECONDS = 0.2  # after an error, which may come at once and again and again
+
+
+FAULTS = (OSError, ValueError, KeyError, http.client.HTTPException, LococoError)
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,15 @@ class Soak:
     p95_s: float = 0.0
     resident_bytes: list[int] = field(default_factory=list)
     growth: float = 0.0
+
+    def fail(self, error: Exception) -> None:
+        """Count an error."""
+        self.errors += 1
+        self.tell(f"{type(error).__name__}: {error}")
+
+    def tell(self, what: str) -> None:
+        """Keep what was wrong, if it is among the first."""
+        self.told = [*self.told, what][:MOST_TOLD]
 
 
 class Client:
@@ -190,10 +204,10 @@ def _together(
             turn += 1
             try:
                 answer = client.ask(*asked[which])
-            except (OSError, ValueError, KeyError, http.client.HTTPException, LococoError) as error:
+            except FAULTS as error:
                 with lock:
-                    seen.errors += 1
-                    seen.told = [*seen.told, f"{type(error).__name__}: {error}"][:MOST_TOLD]
+                    seen.fail(error)
+                time.sleep(PAUSE_SECONDS)
                 continue
             with lock:
                 took.append(answer.seconds)
@@ -203,7 +217,11 @@ def _together(
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
-        seen.resident_bytes.append(client.resident())
+        try:
+            seen.resident_bytes.append(client.resident())
+        except FAULTS as error:
+            with lock:
+                seen.fail(error)
         time.sleep(min(SAMPLE_SECONDS, seconds / 8))
     seen.seconds = time.monotonic() - begun
     return took
@@ -221,7 +239,7 @@ def _count(seen: Soak, answer: Answer, expected: Answer) -> None:
     said = (
         f"differs at character {place}: {answer.text[place : place + 40]!r} for {expected.text[place : place + 40]!r}"
     )
-    seen.told = [*seen.told, said][:MOST_TOLD]
+    seen.tell(said)
 
 
 def main(
@@ -231,6 +249,8 @@ def main(
     prompts: int = 16,
     characters: int = 800,
     tokens: int = 64,
+    speedup: float = 0.0,
+    growth: float = 0.1,
     json: str | None = None,
 ) -> int:
     """Ask a running server for a while, and print what was seen as JSON.
@@ -242,6 +262,8 @@ def main(
         prompts: Different ones.
         characters: Of the longest.
         tokens: The longest answer.
+        speedup: The least that is right, of all clients together over one.
+        growth: The most that is right, of the memory as a share.
         json: File for the figures; they are printed in any case.
     """
     seen = soak(url, clients=clients, seconds=seconds, prompts=prompts, characters=characters, tokens=tokens)
@@ -249,7 +271,8 @@ def main(
     if json is not None:
         Path(json).write_text(text + "\n", "utf-8")
     print(text)
-    return 1 if seen.errors or seen.wrong or not seen.answers else 0
+    sound = seen.answers and not seen.errors and not seen.wrong
+    return 0 if sound and seen.speedup >= speedup and seen.growth <= growth else 1
 
 
 def _dumped(seen: Soak) -> str:

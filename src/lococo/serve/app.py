@@ -5,6 +5,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -99,7 +100,8 @@ async def health(request: Request) -> JSONResponse:
 
 async def metrics(request: Request) -> Response:
     """Return what the server has done and holds."""
-    return Response(state_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    text = await run_in_threadpool(state_of(request).metrics.text)  # the index may be in use for a while
+    return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def page(request: Request) -> HTMLResponse:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from lococo.cache import SlotCache, joined, taken
+from lococo.cache import SlotCache, taken
 from lococo.reader import prefill
 from lococo.serve.answering import Answer
 
@@ -49,10 +49,10 @@ class Batch:
         return [group.cache for group in list(self.groups) if group.answers]
 
     def join(self, answer: Answer, cache: SlotCache) -> None:
-        """Let an answer take part from the next step on."""
+        """Let an answer take part from the next step on; the cache is the batch's from now on."""
         if cache.holds_slots_alone and self.groups:
             group = self.groups[0]
-            group.cache = joined([group.cache, cache])
+            group.cache.append(cache)
             group.answers.append(answer)
         else:
             self.groups.append(Group(cache, [answer]))
@@ -60,7 +60,8 @@ class Batch:
     def drop(self, answer: Answer) -> None:
         """Let an answer leave unfinished."""
         for group in self.groups:
-            self._keep(group, [row for row, one in enumerate(group.answers) if one is not answer])
+            for row in [row for row, one in enumerate(group.answers) if one is answer]:
+                self._remove(group, row)
         self.groups = [group for group in self.groups if group.answers]
 
     def step(self) -> None:
@@ -78,18 +79,31 @@ class Batch:
         tokens = torch.tensor([[answer.tokens[-1]] for answer in group.answers])
         self.compressions += group.cache.rows.room.count(0)
         logits = prefill(self.model, tokens, group.cache)
-        ended = {}
-        for row, answer in enumerate(group.answers):
-            if reason := answer.take(logits[row : row + 1]):
-                ended[row] = (answer, reason, taken(group.cache, [row]))
-        self._keep(group, [row for row in range(len(group.answers)) if row not in ended])
-        for answer, reason, cache in ended.values():
+        # From the last row on, since the last one takes the place of one that leaves.
+        for row in reversed(range(len(group.answers))):
+            self._take(group, row, logits[row : row + 1])
+
+    def _take(self, group: Group, row: int, logits: torch.Tensor) -> None:
+        """Write a row's token. It leaves when it is finished, or when that fails, which is no fault of the others."""
+        answer = group.answers[row]
+        try:
+            reason = answer.take(logits)
+            if reason is None:
+                return
+            cache = taken(group.cache, [row])
+        except Exception as error:
+            self._remove(group, row)
+            self.failed(answer, error)
+            return
+        self._remove(group, row)
+        try:
             self.left(answer, reason, cache)
+        except Exception as error:
+            self.failed(answer, error)
 
     @staticmethod
-    def _keep(group: Group, rows: list[int]) -> None:
-        if len(rows) == len(group.answers):
-            return
-        if rows:
-            group.cache = taken(group.cache, rows)
-        group.answers = [group.answers[row] for row in rows]
+    def _remove(group: Group, row: int) -> None:
+        if len(group.answers) > 1:
+            group.cache.remove(row)
+        group.answers[row] = group.answers[-1]
+        group.answers.pop()

@@ -243,8 +243,9 @@ def eval_suite(
     from rich.console import Console
 
     from lococo.eval import contamination, suite
+    from lococo.eval.choice import TaskChoice
     from lococo.eval.tables import suite_tables
-    from lococo.eval.tasks import TaskChoice, Tasks
+    from lococo.eval.tasks import Tasks
 
     choices = [TaskChoice.of(task) for task in tasks]
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@ import random
 import pytest
 import torch
 from families import tiny
-from transformers import DynamicCache
 
 import lococo
 from lococo.errors import ArgumentError, WindowError
@@ -14,8 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 
-from lococo.eval import harness
-from lococo.eval.harness import SlotLM, Wanted
+from lococo.eval.harness import SlotLM
 
 
 def words(length, seed):
@@ -108,40 +106,6 @@ def test_slots_write_after_every_context_as_if_it_came_alone(tokenizer, choices,
     alone = [together.generate_until([request], disable_tqdm=True)[0] for request in requests]
     assert written == alone
     assert len(set(written)) == 5
-
-
-def test_what_texts_begin_with_is_read_once(monkeypatch):
-    read = []
-    monkeypatch.setattr(harness, "prefill", lambda model, ids, cache: read.append(ids.shape[1]))
-    stem = list(range(100))
-    texts = [[*stem, *range(50), end] for end in (7, 8)] + [[*stem, 99, *range(60), end] for end in (1, 2, 3)]
-    texts += [[*stem, 120, 121], [5, 6]]
-    wanted = [Wanted(ids, len(ids) - 1) for ids in texts]
-    found = list(harness.groups(tiny(), lambda: DynamicCache(config=tiny().config), wanted, batch_size=2))
-    assert sorted(number for _, _, group in found for number in group) == list(range(7))
-    for _, start, group in found:
-        assert len({tuple(texts[number][:start]) for number in group}) == 1
-    # The stem, what each of its two groups has in common, and what single texts have to themselves.
-    assert sorted(read) == [1, 1, 50, 61, 100]
-
-
-def test_a_text_with_little_to_share_does_not_keep_others_from_sharing(monkeypatch):
-    read = []
-    monkeypatch.setattr(harness, "prefill", lambda model, ids, cache: read.append(ids.shape[1]))
-    wanted = [Wanted([0, 5], 0), *(Wanted([0, *range(60), end], 61) for end in (1, 2)), Wanted([0, *range(20)], 20)]
-    found = list(harness.groups(tiny(), lambda: DynamicCache(config=tiny().config), wanted))
-    assert sorted((start, group) for _, start, group in found) == [(0, [0]), (20, [3]), (61, [1]), (61, [2])]
-    assert sorted(read) == [20, 61]
-
-
-def test_texts_that_share_a_lot_share_it_where_others_share_little(monkeypatch):
-    read = []
-    monkeypatch.setattr(harness, "prefill", lambda model, ids, cache: read.append(ids.shape[1]))
-    texts = [[0, first, *range(60), end] for first in (1, 2) for end in (7, 8)] + [[3, *range(60), 7]]
-    wanted = [Wanted(ids, len(ids) - 1) for ids in texts]
-    found = list(harness.groups(tiny(), lambda: DynamicCache(config=tiny().config), wanted))
-    assert sorted((start, group) for _, start, group in found) == [(61, [4]), *((62, [n]) for n in range(4))]
-    assert sorted(read) == [61, 62, 62]
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])

@@ -3,7 +3,6 @@ import json
 import copies_of
 import pytest
 import torch
-import yaml
 from commands import WORDS, save_llama
 
 import lococo
@@ -21,7 +20,8 @@ from lm_eval.evaluator import evaluate as ask
 from lm_eval.models.huggingface import HFLM
 
 from lococo.eval import suite
-from lococo.eval.tasks import KINDS, AbsentError, TaskChoice, Tasks
+from lococo.eval.choice import TaskChoice
+from lococo.eval.tasks import AbsentError, Tasks
 
 ALL = [
     {"name": "hellaswag", "shots": 2},
@@ -228,35 +228,6 @@ def test_a_data_set_of_the_hub_is_missed_at_once_when_offline(reader, name):
         tasks_of(reader, None).find(TaskChoice(name))
     with pytest.raises(AbsentError, match="the hub has no such data set"):
         tasks_of(reader, None).find(TaskChoice("qasper_yesno"))
-
-
-@pytest.mark.parametrize(
-    ("described", "said"),
-    [
-        (3, "expected a task as a name or a mapping"),
-        ({"shots": 3}, "expected a task as a name or a mapping"),
-        ({"name": "squad", "shot": 3}, "no setting shot; expected name, shots"),
-        ({"name": "squad", "limit": 0}, "limit must be at least 1, got 0"),
-        ({"name": "squad", "too_long": "no"}, "too_long must be one of refuse, truncate, middle"),
-    ],
-)
-def test_a_recipe_is_checked(described, said):
-    with pytest.raises(ArgumentError, match=said):
-        TaskChoice.of(described)
-
-
-def test_the_recipes_name_known_tasks(request):
-    recipes = sorted((request.config.rootpath / "recipes").glob("eval-*.yaml"))
-    assert len(recipes) == 5
-    named = set()
-    for recipe in recipes:
-        named |= {TaskChoice.of(described).name for described in yaml.safe_load(recipe.read_text())["tasks"]}
-    longbench = {name for name in named if name.startswith("longbench_")}
-    assert len(longbench) == 21
-    assert len({name for name in named if name.startswith("scrolls_")}) == 7
-    assert named - longbench <= KINDS.keys()
-    for name in longbench:
-        tasks_of((None, None, None), None).check(name)
 
 
 def test_the_command_goes_from_a_recipe_to_a_report(reader, data, tmp_path, capsys):

@@ -14,8 +14,9 @@ from lococo import compressors as table
 from lococo.attachment import Attachment, attach, window_of
 from lococo.errors import ArgumentError, WindowError
 from lococo.eval import metrics
+from lococo.eval.choice import TaskChoice
 from lococo.eval.harness import SlotLM
-from lococo.eval.tasks import AbsentError, Task, TaskChoice, Tasks
+from lococo.eval.tasks import AbsentError, Task, Tasks
 from lococo.results import Results, Row, key_of
 
 FULL = "full"

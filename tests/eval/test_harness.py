@@ -13,6 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 
+from lococo.eval import harness
 from lococo.eval.harness import SlotLM
 
 
@@ -185,3 +186,27 @@ def test_the_command_line_of_the_harness_finds_it_by_name(tiny, tokenizer):
     assert made.attachment.slots_per_layer == [40, 40]
     info = made.get_model_info()
     assert [info[name] for name in ("compressor", "num_slots", "positions")] == ["mass-merge", 40, "packed"]
+
+
+def test_what_is_cut_for_one_of_several_answers_counts_as_cut(tokenizer, caplog):
+    context = words(63, 0)
+    pairs = [(context, answer) for answer in (" w7 w8 w9 w10", " w7")]
+    slots = SlotLM(tiny(), tokenizer=tokenizer, compressor="full", max_length=64)
+    slots.loglikelihood(instances("loglikelihood", pairs))
+    assert slots.prompts == {context: (63, 61)}
+    assert "lost their beginning" in caplog.text
+
+
+def test_the_warning_says_what_was_cut(tokenizer, caplog):
+    slots = SlotLM(tiny(), tokenizer=tokenizer, compressor="full", max_length=64, too_long="middle")
+    slots.loglikelihood(instances("loglikelihood", [(words(90, 0), " w7")]))
+    assert "1 requests were longer than the window and lost their middle" in caplog.text
+
+
+def test_its_command_line_refuses_in_one_line(tiny, monkeypatch, capsys):
+    given = ["--model_args", f"pretrained={tiny},compressor=h2", "--tasks", "arc_easy"]
+    monkeypatch.setattr("sys.argv", ["lm_eval", "--model", "lococo", *given])
+    assert harness.main() == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("lococo: unknown compressor 'h2'; expected one of full, ")
+    assert last.endswith("did you mean 'h2o'?")

@@ -6,6 +6,7 @@ takes its tokenisation, stop strings and chat templates, and reads what several 
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from lococo.attachment import Attachment, attach, window_of
 from lococo.budgets import slots_for
 from lococo.cache import Positions, grows
-from lococo.errors import ArgumentError, WindowError
+from lococo.errors import ArgumentError, LococoError, WindowError
 from lococo.eval.sharing import Wanted, groups
 from lococo.models import load_model
 from lococo.progress import counting
@@ -165,7 +166,9 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
             wanted.append(Wanted(ids[:-1], len(ids) - len(continuation) - 1))
             counts.append(len(continuation))
             if texts is not None:
-                self.prompts[texts[0]] = (came, min(came, len(ids) - len(continuation)))
+                # What is left of a prompt before the longest of its answers.
+                kept = min(came, len(ids) - len(continuation), self.prompts.get(texts[0], (0, came))[1])
+                self.prompts[texts[0]] = (came, kept)
         self._say_truncated()
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         done = 0
@@ -244,7 +247,8 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
 
     def _say_truncated(self) -> None:
         if self.truncated > self._said_truncated:
-            logger.warning("%d requests were longer than the window and lost their beginning", self.truncated)
+            lost = "middle" if self.too_long == "middle" else "beginning"
+            logger.warning("%d requests were longer than the window and lost their %s", self.truncated, lost)
         self._said_truncated = self.truncated
 
     def get_model_info(self) -> dict[str, Any]:
@@ -299,7 +303,17 @@ def _counting(what: str, disable: bool) -> AbstractContextManager[Callable[[int,
     return nullcontext(lambda done, total: None) if disable else counting(what)
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Run lm-eval's command line; what lococo refuses is said in one line, as by its own commands."""
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except LococoError as error:
+        print(f"lococo: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,6 +4,7 @@ Every field is a flag of the same name with dashes, and its line below is the fl
 """
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -103,6 +104,17 @@ def check_at_least_one(**counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ArgumentError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def check_named(**lists: Sequence[object]) -> None:
+    """Refuse lists without anything in them, which a recipe may hold.
+
+    Raises:
+        ArgumentError: Names the flag.
+    """
+    for name, value in lists.items():
+        if not value:
+            raise ArgumentError(f"--{name.replace('_', '-')} is empty; name one or more")
 
 
 def check_extra(extra: str, *packages: str) -> None:

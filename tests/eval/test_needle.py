@@ -2,8 +2,11 @@ import pytest
 from families import tiny
 from test_perplexity import document, write
 
+from lococo.attachment import attach
+from lococo.compressors.heads import save_heads
 from lococo.errors import ArgumentError, DocumentError
 from lococo.eval import needle
+from lococo.facts import ModelFacts
 
 
 @pytest.fixture
@@ -60,3 +63,17 @@ def test_what_cannot_be_tried(tokenizer, data):
         needle.evaluate(tiny(), tokenizer, lengths=[1024], trials=2, **options)
     with pytest.raises(DocumentError, match=r"texts of .* tokens for 500 trials"):
         needle.evaluate(tiny(), tokenizer, lengths=[120], trials=500, **options)
+
+
+def test_folders_of_heads_go_by_their_names(tokenizer, data, tmp_path):
+    facts = ModelFacts.of(tiny())
+    for place in ("one", "other"):
+        attached = attach(tiny(), "lococo-paper", num_slots=40, chunk_size=16)
+        save_heads(attached.compressor.merge, tmp_path / place / "heads", facts)
+    options = {"data": data, "num_slots": 40, "chunk_size": 16, "lengths": [120], "trials": 1}
+    rows = needle.evaluate(tiny(), tokenizer, compressors=[str(tmp_path / "one/heads")], **options)
+    assert [row["compressor"] for row in rows] == ["full", "heads"]
+    with pytest.raises(ArgumentError, match="full, heads, heads; rename folders"):
+        needle.evaluate(
+            tiny(), tokenizer, compressors=[str(tmp_path / "one/heads"), str(tmp_path / "other/heads")], **options
+        )

@@ -3,12 +3,12 @@ import json
 import copies_of
 import pytest
 import torch
-from commands import WORDS, save_llama
+from commands import WORDS, refused, save_llama
 
 import lococo
 from lococo import cli
 from lococo.compressors.heads import save_heads
-from lococo.errors import ArgumentError
+from lococo.errors import ArgumentError, DocumentError
 from lococo.facts import ModelFacts
 from lococo.results import Results
 
@@ -169,7 +169,7 @@ def test_examples_are_not_asked_and_few_questions_are_about_one_text(reader, dat
         ready(reader, data, [{"name": "squad", "shots": 6}])
 
 
-def test_what_is_not_here_is_left_out_and_what_is_unknown_refused(reader, data):
+def test_what_is_not_here_is_left_out_and_what_is_unknown_refused(reader, data, tmp_path):
     known, results, said = tasks_of(reader, data), Results(), []
     choices = [TaskChoice(name) for name in ("race", "squad", "scrolls_govreport", "babi_qa7")]
     made = suite.ready(known, choices, results, said.append)
@@ -177,6 +177,9 @@ def test_what_is_not_here_is_left_out_and_what_is_unknown_refused(reader, data):
     assert [row["task"] for row in results.rows] == ["race", "scrolls_govreport", "babi_qa7"]
     assert results.rows[0]["skipped"] == f"race: no such file in {data.name}: race/*.jsonl"
     assert "leave --data-dir out" in results.rows[1]["skipped"]
+    copies_of.write(tmp_path / "race/test.jsonl", [{"article": "a", "problems": "[{"}])
+    with pytest.raises(DocumentError, match=r"race/test.jsonl, line 1: expected problems to spell a list"):
+        suite.ready(tasks_of(reader, tmp_path), [TaskChoice("race")], results, said.append)
     with pytest.raises(ArgumentError, match="did you mean 'hellaswag'"):
         suite.ready(known, [TaskChoice("helaswag")], results, said.append)
 
@@ -255,10 +258,22 @@ def test_the_command_goes_from_a_recipe_to_a_report(reader, data, tmp_path, caps
         (["--compressor", "h2"], "did you mean 'h2o'"),
         (["--tasks", "squat"], "did you mean 'squad'"),
         (["--data-dir", "nowhere"], "--data-dir nowhere: no such folder"),
+        # Before the model is looked for.
+        (["--tasks", "squat", "--model", "nowhere/model"], "did you mean 'squad'"),
+        (["--tasks", "squad", "arc_easy", "squad"], "task squad is named twice with the same shots"),
+        (["--config", "EMPTY/tasks.yaml"], "no task was named; name one or more with --tasks"),
+        (["--config", "EMPTY/compressor.yaml"], "--compressor is empty; name one or more"),
+        (["--trained-on", "EMPTY/texts"], "texts holds no .txt or .jsonl file; name a folder of texts"),
+        (["--text", "EMPTY/texts"], "texts holds no .txt or .jsonl file; name a folder of texts"),
     ],
 )
 def test_names_are_checked_before_anything_is_measured(reader, data, tmp_path, capsys, words, said):
     given = ["--tasks", "squad", "--compressor", "h2o", "--data-dir", str(data), "--output", str(tmp_path / "out")]
-    assert cli.main(["eval", "suite", *given, "--model", reader[0], *words]) == 2
-    assert said in capsys.readouterr().err
+    (tmp_path / "texts").mkdir()
+    for name in ("tasks", "compressor"):
+        (tmp_path / f"{name}.yaml").write_text(f"{name}: []")
+    words = [word.replace("EMPTY", str(tmp_path)) for word in words]
+    line = refused(["eval", "suite", *given, "--model", reader[0], *words], capsys)
+    assert said in line
+    assert not list(tmp_path.rglob("suite.jsonl"))
     assert torch.is_grad_enabled()

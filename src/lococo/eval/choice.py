@@ -41,7 +41,9 @@ class TaskChoice:
             raise ArgumentError(f"task {fields['name']}: no setting {', '.join(sorted(unknown))}; expected {expected}")
         for name, least in (("shots", 0), ("limit", 1), ("per_document", 1), ("length", 1)):
             value = fields.get(name, least)
-            if value is not None and (not isinstance(value, int) or value < least):
+            if value is None and name != "shots":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ArgumentError(f"task {fields['name']}: {name} must be at least {least}, got {value!r}")
         if fields.get("too_long") not in (None, *get_args(TooLong)):
             expected = ", ".join(get_args(TooLong))

@@ -75,6 +75,20 @@ class Task:
         }
 
 
+def check_name(name: str) -> None:
+    """Refuse a name that is no task.
+
+    Raises:
+        ArgumentError: Suggests the nearest one.
+    """
+    if name not in KINDS and name not in _manager().all_subtasks:
+        nearest = difflib.get_close_matches(name, [*KINDS, *_manager().all_subtasks], 1, 0.5)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ArgumentError(
+            f"unknown task {name!r}; expected one of {', '.join(KINDS)}, or one of lm-evaluation-harness{hint}"
+        )
+
+
 class Tasks:
     """Finds tasks by name."""
 
@@ -91,15 +105,6 @@ class Tasks:
         """
         self.tokenizer, self.data, self.text, self.limit = tokenizer, data, text, limit
 
-    def check(self, name: str) -> None:
-        """Refuse a name that is no task."""
-        if name not in KINDS and name not in _manager().all_subtasks:
-            nearest = difflib.get_close_matches(name, [*KINDS, *_manager().all_subtasks], 1, 0.5)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ArgumentError(
-                f"unknown task {name!r}; expected one of {', '.join(KINDS)}, or one of lm-evaluation-harness{hint}"
-            )
-
     def find(self, choice: TaskChoice) -> Task:
         """Make a task ready.
 
@@ -108,7 +113,7 @@ class Tasks:
             AbsentError: If its data is not here, or too little of it.
             DocumentError: If a file of it is malformed.
         """
-        self.check(choice.name)
+        check_name(choice.name)
         kind = KINDS.get(choice.name)
         if kind is None:
             return self._of_the_hub(choice, None)

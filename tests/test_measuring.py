@@ -183,3 +183,28 @@ class TestTrain:
             ["train", "-o", str(tmp_path / "out"), "--model", tiny, *self.WORDS, *few, *words], capsys
         )
         assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("empty", ["data", "compressor", "lengths"])
+@pytest.mark.parametrize("verb", ["eval perplexity", "eval needle", "eval positions", "eval inside", "bench"])
+def test_an_empty_list_in_a_recipe_is_named(
+    verb: str, empty: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, text = tmp_path / "recipe.json", tmp_path / "texts" / "a.txt"
+    text.parent.mkdir()
+    text.write_text(WORDS)
+    takes = {
+        "eval perplexity": ["data", "compressor"],
+        "eval needle": ["compressor", "lengths"],
+        "eval positions": ["data", "compressor", "lengths"],
+        "eval inside": ["compressor"],
+        "bench": ["compressor", "lengths"],
+    }[verb]
+    if empty not in takes:
+        return
+    given: dict[str, Any] = {"data": [str(text.parent)], "compressor": ["h2o"], "lengths": [10]}
+    recipe.write_text(json.dumps({name: given[name] for name in takes} | {empty: []}))
+    words = [*verb.split(), *([str(text)] if verb == "eval inside" else []), "--config", str(recipe)]
+    words += ["--data", str(text.parent)] if verb == "eval needle" else []
+    line = refused([*words, "--json", str(tmp_path / "a.jsonl"), "--model", "nowhere/model"], capsys)
+    assert f"--{empty} is empty; name one or more" in line

@@ -132,3 +132,17 @@ def test_what_is_measured_as_a_whole_is_taken_over_as_a_whole(tmp_path):
     with results_file(target) as results:
         results.together("key", 2, lambda: [{"a": 4}, {"a": 5}])
     assert [row["a"] for row in results.rows] == [4, 5]
+
+
+def test_what_a_later_run_does_not_ask_for_is_kept_beside(tmp_path):
+    target, partial = tmp_path / "rows.jsonl", tmp_path / "rows.jsonl.partial"
+    with results_file(target) as results:
+        hours = [results.measured({"a": number}, lambda: {"b": 1}) for number in range(2)]
+    with results_file(target) as results:
+        results.add({"task": "race", "skipped": "no such file"})
+    assert lines(partial) == hours
+    with results_file(target) as results:
+        for number in range(2):
+            results.measured({"a": number}, lambda: pytest.fail("measured again"))
+    assert lines(target) == hours
+    assert not partial.exists()

@@ -7,7 +7,7 @@ import sys
 
 from lococo.errors import ArgumentError
 from lococo.files import output_file
-from lococo.options import ModelOptions, check_at_least_one, plot_file
+from lococo.options import ModelOptions, check_at_least_one, check_named, plot_file
 from lococo.results import results_file
 
 
@@ -44,6 +44,7 @@ def bench(
         model: Which model reads.
     """
     check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, repeats=repeats, decode_tokens=decode_tokens)
+    check_named(lengths=lengths, compressor=compressor)
     check_at_least_one(lengths=min(lengths))
     target = output_file(json)
     picture = plot_file(plot)

@@ -48,6 +48,17 @@ def files_of(folder: Path, part: Literal["train", "val"]) -> list[Path]:
     return sorted(path for path in candidates if path.suffix in (".txt", ".jsonl") and path.stem not in DESCRIPTIONS)
 
 
+def texts_in(folder: Path) -> list[Path]:
+    """Return the .txt and .jsonl files of a folder, whatever its subfolders.
+
+    Raises:
+        DocumentError: If there are none.
+    """
+    if files := sorted(path for path in folder.rglob("*") if path.suffix in (".txt", ".jsonl")):
+        return files
+    raise DocumentError(f"{folder} holds no .txt or .jsonl file; name a folder of texts")
+
+
 def is_split(folder: Path) -> bool:
     """Tell whether a folder is a domain of its own that is split into parts."""
     return any(_part(folder, name) for name in ("train", "val"))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lococo.errors import ArgumentError
 from lococo.files import output_file, output_of_texts
-from lococo.options import ModelOptions, check_at_least_one, check_extra, plot_file
+from lococo.options import ModelOptions, check_at_least_one, check_extra, check_named, plot_file
 from lococo.results import results_file
 from lococo.train.recipe import TRAINING_DOCUMENTS
 
@@ -53,6 +53,7 @@ def eval_perplexity(
         budget: How the slots are spread over the layers, at an equal total; own: as learned, or else uniform.
         model: Which model reads.
     """
+    check_named(compressor=compressor)
     check_at_least_one(num_slots=min(num_slots, default=0), chunk_size=chunk_size, max_length=max_length)
     if max_windows is not None:
         check_at_least_one(max_windows=max_windows)
@@ -116,6 +117,7 @@ def eval_positions(
         positions: packed reads texts of any length; original no further than the model's window.
         model: Which model reads.
     """
+    check_named(lengths=lengths, compressor=compressor)
     check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, max_documents=max_documents, lengths=min(lengths))
     target, texts = _texts_of(data, json)
     picture = plot_file(plot)
@@ -175,6 +177,7 @@ def eval_needle(
             interrupted measurement goes on.
         model: Which model reads.
     """
+    check_named(lengths=lengths, compressor=compressor)
     check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, trials=trials, lengths=min(lengths))
     target = output_of_texts(data, json)
     from rich.console import Console
@@ -235,18 +238,26 @@ def eval_suite(
     for name, given in (("data-dir", data_dir), ("text", text), *(("trained-on", each) for each in trained_on)):
         if given is not None and not Path(given).expanduser().is_dir():
             raise ArgumentError(f"--{name} {given}: no such folder")
+    from lococo.corpora import texts_in
+
+    for given in (text, *trained_on):
+        if given is not None:
+            texts_in(Path(given).expanduser())
     folder = Path(output).expanduser()
     if folder.exists() and not folder.is_dir():
         raise ArgumentError(f"--output {output} is a file; name a folder")
     check_extra("eval", "lm_eval", "rouge_score")
+    check_named(compressor=compressor)
     os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars, several for every row
     from rich.console import Console
 
     from lococo.eval import contamination, suite
+    from lococo.eval.choice import TaskChoice
     from lococo.eval.tables import suite_tables
-    from lococo.eval.tasks import TaskChoice, Tasks
+    from lococo.eval.tasks import Tasks
 
     choices = [TaskChoice.of(task) for task in tasks]
+    suite.check(choices)
     folder.mkdir(parents=True, exist_ok=True)
     say = partial(print, file=sys.stderr)
     loaded, tokenizer = model.load()
@@ -284,6 +295,7 @@ def eval_inside(
         plot: Picture to draw of them, such as inside.svg.
         model: Which model reads.
     """
+    check_named(compressor=compressor)
     check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, tokens=tokens)
     target = output_file(json)
     picture = plot_file(plot)
@@ -334,6 +346,7 @@ def report(results: list[str], *, output: str, baseline: str = "full") -> None:
 
 def _texts_of(data: list[str], json: str) -> "tuple[Path, Callable[[], Path | dict[str, list[Path]]]]":
     """Return the file for results, and what fetches the texts: a folder, or files by data set of the hub."""
+    check_named(data=data)
     hub = [source for source in data if source.startswith("hf:")]
     if len(data) > 1 and len(hub) < len(data):
         raise ArgumentError(f"--data {' '.join(data)}: expected one folder, or data sets of the hub")
@@ -350,10 +363,9 @@ def _held_out(source: str) -> "list[Path]":
 
 def _pieces(folder: str | None) -> "Iterable[str]":
     """Return the text of a folder, or the demo's, in pieces."""
-    from lococo.corpora import texts_of
+    from lococo.corpora import texts_in, texts_of
     from lococo.documents import demo_text
 
     if folder is None:
         return [demo_text()]
-    files = sorted(path for path in Path(folder).expanduser().rglob("*") if path.suffix in (".txt", ".jsonl"))
-    return (piece for file in files for text in texts_of(file) for piece in text)
+    return (piece for file in texts_in(Path(folder).expanduser()) for text in texts_of(file) for piece in text)

@@ -5,6 +5,7 @@ Every field is a flag of the same name with dashes, and its line below is the fl
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -133,6 +134,17 @@ def _is_kind(value: Any, kind: type) -> bool:
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+
+def check_named(**lists: Sequence[object]) -> None:
+    """Refuse lists without anything in them, which a recipe may hold.
+
+    Raises:
+        ArgumentError: Names the flag.
+    """
+    for name, value in lists.items():
+        if not value:
+            raise ArgumentError(f"--{name.replace('_', '-')} is empty; name one or more")
 
 
 def check_extra(extra: str, *packages: str) -> None:

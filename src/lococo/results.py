@@ -88,9 +88,9 @@ class Results:
         self.rows.append(row)
 
     def unasked(self) -> list[Row]:
-        """Return rows of the file that were not asked for, but may be by another run."""
+        """Return rows of the files that were not asked for, but may be by another run."""
         asked = {row.get(RUN) for row in self.rows}
-        return [row for run, row in self._kept.items() if run not in asked]
+        return [row for run, row in (self._finished | self._kept).items() if run not in asked]
 
     def _write(self, row: Row) -> None:
         if self._file is not None:
@@ -103,7 +103,8 @@ def results_file(target: Path) -> Iterator[Results]:
     """Yield results that become a file of JSON lines when all are there.
 
     They go to a file beside the target, which takes the target's place then: hours of work outlive an interruption,
-    and so does an older result, of which the same rows are not measured again.
+    and so does an older result, of which the same rows are not measured again. Rows of either that nobody asked for
+    this time stay in the file beside, for a run that asks for them.
     """
     partial = target.with_name(target.name + ".partial")
     results = Results(partial, about_this_run(), finished=target)

@@ -20,6 +20,10 @@ READERS = {
 }
 
 
+def problem(answer, options):
+    return {"question": "?", "answer": answer, "options": list(options)}
+
+
 @pytest.fixture
 def data(tmp_path):
     copies_of.save(tmp_path)
@@ -73,13 +77,25 @@ def test_stories_hold_what_was_said_before_a_question(data):
         ("arc_easy", '{"question": "?", "choices": ["a"]}', "line 7: expected gold to be a whole number, got None"),
         ("arc_easy", '{"question": "?", "choices": ["a"], "gold": 1}', "line 7: expected the number of one of 1"),
         ("winogrande", '{"sentence": "", "option1": "", "option2": "", "answer": "3"}', "line 7: .* out of 1, 2"),
-        ("hellaswag", '{"ctx_a":"","ctx_b":"","activity_label":"","endings":[],"label":"x"}', "line 7: "),
+        ("hellaswag", '{"ctx_a":"","ctx_b":"","activity_label":"","endings":[],"label":"x"}', "line 7: .*label .*'x'"),
         ("winogrande", '{"sentence": "x", "option1": "a", "option2": "b", "answer": "1"}', "line 7: .* with one _"),
         ("arc_easy", '{"question": "?", "choices": ["a", ""], "gold": 0}', "line 7: .* not empty"),
         ("triviaqa", '{"question": "?", "answer": "a", "aliases": [1]}', "line 7: .* not empty"),
         ("squad", '{"doc_id": 0, "question": "?", "answers": []}', "line 7: .* not empty"),
         ("race", '{"article": "?"}', "line 1: expected problems to be text, got None"),
-        ("hotpotqa", '{"question": "?", "answer": "", "paragraphs": [{"title": ""}]}', "line 7: 'text'"),
+        (
+            "hotpotqa",
+            '{"question": "?", "answer": "", "paragraphs": [{"title": ""}]}',
+            "line 7: expected paragraphs .* 'title' and 'text'",
+        ),
+        ("hotpotqa", '{"question": "?", "answer": "", "paragraphs": ["x"]}', "line 7: expected paragraphs .* got 'x'"),
+        ("arc_easy", '{"question": "?", "choices": ["a", "b"], "gold": true}', "line 7: expected gold to be a whole n"),
+        ("arc_easy", "[" * 100_000, "line 7: expected a JSON object with question"),
+        ("race", '{"article": "?", "problems": "[{"}', "line 1: expected problems to spell a list of objects"),
+        ("race", '{"article": "?", "problems": "[3]"}', "line 1: expected problems to spell a list of objects"),
+        ("race", '{"article": "?", "problems": "[]"}', "line 1: expected one problem or more"),
+        ("race", json.dumps({"article": "?", "problems": str([problem("A", "ab")])}), "line 1: expected four options"),
+        ("race", json.dumps({"article": "?", "problems": str([problem("E", "abcd")])}), "line 1: .* out of A, B, C, D"),
     ],
 )
 def test_a_malformed_line_is_named(data, name, line, said):
@@ -126,3 +142,9 @@ def test_what_is_not_there_is_told_from_what_is_malformed(data):
     for read in (copies.arc, copies.squad, lambda folder: copies.babi(folder, 2)):
         with pytest.raises(FileNotFoundError):
             read(data / "babi")
+
+
+def test_race_is_read_as_the_hub_spells_it(tmp_path):
+    row = {"article": "A fox.", "problems": str([problem("B", "abcd"), problem("D", "efgh")])}
+    copies_of.write(tmp_path / "test.jsonl", [row])
+    assert copies.race(tmp_path) == [row]

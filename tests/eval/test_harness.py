@@ -3,7 +3,6 @@ import random
 import pytest
 import torch
 from families import tiny
-from transformers import DynamicCache
 
 import lococo
 from lococo.errors import ArgumentError, WindowError
@@ -15,7 +14,7 @@ from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
 
 from lococo.eval import harness
-from lococo.eval.harness import SlotLM, Wanted
+from lococo.eval.harness import SlotLM
 
 
 def words(length, seed):
@@ -110,40 +109,6 @@ def test_slots_write_after_every_context_as_if_it_came_alone(tokenizer, choices,
     assert len(set(written)) == 5
 
 
-def test_what_texts_begin_with_is_read_once(monkeypatch):
-    read = []
-    monkeypatch.setattr(harness, "prefill", lambda model, ids, cache: read.append(ids.shape[1]))
-    stem = list(range(100))
-    texts = [[*stem, *range(50), end] for end in (7, 8)] + [[*stem, 99, *range(60), end] for end in (1, 2, 3)]
-    texts += [[*stem, 120, 121], [5, 6]]
-    wanted = [Wanted(ids, len(ids) - 1) for ids in texts]
-    found = list(harness.groups(tiny(), lambda: DynamicCache(config=tiny().config), wanted, batch_size=2))
-    assert sorted(number for _, _, group in found for number in group) == list(range(7))
-    for _, start, group in found:
-        assert len({tuple(texts[number][:start]) for number in group}) == 1
-    # The stem, what each of its two groups has in common, and what single texts have to themselves.
-    assert sorted(read) == [1, 1, 50, 61, 100]
-
-
-def test_a_text_with_little_to_share_does_not_keep_others_from_sharing(monkeypatch):
-    read = []
-    monkeypatch.setattr(harness, "prefill", lambda model, ids, cache: read.append(ids.shape[1]))
-    wanted = [Wanted([0, 5], 0), *(Wanted([0, *range(60), end], 61) for end in (1, 2)), Wanted([0, *range(20)], 20)]
-    found = list(harness.groups(tiny(), lambda: DynamicCache(config=tiny().config), wanted))
-    assert sorted((start, group) for _, start, group in found) == [(0, [0]), (20, [3]), (61, [1]), (61, [2])]
-    assert sorted(read) == [20, 61]
-
-
-def test_texts_that_share_a_lot_share_it_where_others_share_little(monkeypatch):
-    read = []
-    monkeypatch.setattr(harness, "prefill", lambda model, ids, cache: read.append(ids.shape[1]))
-    texts = [[0, first, *range(60), end] for first in (1, 2) for end in (7, 8)] + [[3, *range(60), 7]]
-    wanted = [Wanted(ids, len(ids) - 1) for ids in texts]
-    found = list(harness.groups(tiny(), lambda: DynamicCache(config=tiny().config), wanted))
-    assert sorted((start, group) for _, start, group in found) == [(61, [4]), *((62, [n]) for n in range(4))]
-    assert sorted(read) == [61, 62, 62]
-
-
 @pytest.mark.parametrize("family", ["gemma2", "gemma3"])
 def test_layers_with_a_sliding_window_see_what_was_shared(family, tokenizer, choices):
     how = {"until": [], "max_gen_toks": 9}
@@ -221,3 +186,27 @@ def test_the_command_line_of_the_harness_finds_it_by_name(tiny, tokenizer):
     assert made.attachment.slots_per_layer == [40, 40]
     info = made.get_model_info()
     assert [info[name] for name in ("compressor", "num_slots", "positions")] == ["mass-merge", 40, "packed"]
+
+
+def test_what_is_cut_for_one_of_several_answers_counts_as_cut(tokenizer, caplog):
+    context = words(63, 0)
+    pairs = [(context, answer) for answer in (" w7 w8 w9 w10", " w7")]
+    slots = SlotLM(tiny(), tokenizer=tokenizer, compressor="full", max_length=64)
+    slots.loglikelihood(instances("loglikelihood", pairs))
+    assert slots.prompts == {context: (63, 61)}
+    assert "lost their beginning" in caplog.text
+
+
+def test_the_warning_says_what_was_cut(tokenizer, caplog):
+    slots = SlotLM(tiny(), tokenizer=tokenizer, compressor="full", max_length=64, too_long="middle")
+    slots.loglikelihood(instances("loglikelihood", [(words(90, 0), " w7")]))
+    assert "1 requests were longer than the window and lost their middle" in caplog.text
+
+
+def test_its_command_line_refuses_in_one_line(tiny, monkeypatch, capsys):
+    given = ["--model_args", f"pretrained={tiny},compressor=h2", "--tasks", "arc_easy"]
+    monkeypatch.setattr("sys.argv", ["lm_eval", "--model", "lococo", *given])
+    assert harness.main() == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("lococo: unknown compressor 'h2'; expected one of full, ")
+    assert last.endswith("did you mean 'h2o'?")

@@ -2,7 +2,7 @@ import pytest
 from families import tiny
 from test_perplexity import document, write
 
-from lococo import attach
+from lococo.attachment import attach
 from lococo.compressors.heads import save_heads
 from lococo.errors import ArgumentError, DocumentError
 from lococo.eval import needle
@@ -51,14 +51,6 @@ def test_enough_slots_answer_as_the_full_cache(tokenizer, data):
     assert rows[0]["correct"] == rows[1]["correct"]
 
 
-def test_a_row_names_heads_without_their_place(tokenizer, data, tmp_path):
-    heads = attach(tiny(), "lococo-paper", num_slots=40, chunk_size=16).compressor.merge
-    save_heads(heads, tmp_path / "far" / "mine", ModelFacts.of(tiny()))
-    options = {"num_slots": 40, "chunk_size": 16, "lengths": [120], "trials": 2}
-    rows = needle.evaluate(tiny(), tokenizer, data=data, compressors=[str(tmp_path / "far" / "mine")], **options)
-    assert [row["compressor"] for row in rows] == ["full", "mine"]
-
-
 def test_wilson():
     assert needle.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
 
@@ -71,3 +63,17 @@ def test_what_cannot_be_tried(tokenizer, data):
         needle.evaluate(tiny(), tokenizer, lengths=[1024], trials=2, **options)
     with pytest.raises(DocumentError, match=r"texts of .* tokens for 500 trials"):
         needle.evaluate(tiny(), tokenizer, lengths=[120], trials=500, **options)
+
+
+def test_folders_of_heads_go_by_their_names(tokenizer, data, tmp_path):
+    facts = ModelFacts.of(tiny())
+    for place in ("one", "other"):
+        attached = attach(tiny(), "lococo-paper", num_slots=40, chunk_size=16)
+        save_heads(attached.compressor.merge, tmp_path / place / "heads", facts)
+    options = {"data": data, "num_slots": 40, "chunk_size": 16, "lengths": [120], "trials": 1}
+    rows = needle.evaluate(tiny(), tokenizer, compressors=[str(tmp_path / "one/heads")], **options)
+    assert [row["compressor"] for row in rows] == ["full", "heads"]
+    with pytest.raises(ArgumentError, match="full, heads, heads; rename folders"):
+        needle.evaluate(
+            tiny(), tokenizer, compressors=[str(tmp_path / "one/heads"), str(tmp_path / "other/heads")], **options
+        )

@@ -228,3 +228,27 @@ def test_parts_that_were_not_read_are_empty_cells():
         ["m", "h2o", "2.000 (2.000 to 2.000)", "2.250 (2.250 to 2.250)"],
     ]
     section.picture()
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"task": "needle"}, "a row lacks 'compressor'"),
+        ({"task": "perplexity", "domain": "x"}, "a row lacks 'compressor'"),
+        ({"task": "a", "shots": 0, "skipped": "x"}, "a row lacks 'length'"),
+        ({"task": "inside", "about": 1}, "a row holds something else than was expected"),
+    ],
+)
+def test_rows_that_lack_something_are_named_with_their_file(tmp_path, capsys, row, said):
+    file = write(tmp_path / "odd.jsonl", [row])
+    line = refused(["report", str(file), "-o", str(tmp_path / "out.html")], capsys)
+    assert f"{file}: {said}" in line
+    file.write_text("[" * 100_000)
+    assert "odd.jsonl, line 1: expected a row" in refused(["report", str(file), "-o", str(tmp_path / "o.html")], capsys)
+
+
+def test_the_mean_is_sorted_behind_the_tasks_of_whatever_name(tmp_path):
+    made = report([write(tmp_path / "suite.jsonl", SUITE)])
+    # Signs stand before letters in a locale's order, and "~" behind them in that of code points.
+    assert 'data-value="~">mean of 1 tasks' in made
+    assert "localeCompare" not in made

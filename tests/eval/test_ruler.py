@@ -89,3 +89,22 @@ def test_what_leaves_no_room_or_has_no_words_is_refused(words, haystack):
     short = ruler.Haystack.of(words, [" ".join(haystack.words[:40]) + "."], 100)
     with pytest.raises(DocumentError, match="give a longer one"):
         ruler.examples("ruler_niah_single", words, short, length=3000, count=1)
+
+
+def test_questions_have_one_answer_however_short_the_text(words, haystack):
+    from collections import Counter
+
+    made = 0
+    for length in range(80, 400, 10):
+        try:
+            [example] = ruler.examples("ruler_fwe", words, haystack, length=length, count=1)
+        except ArgumentError:
+            continue
+        made += 1
+        counted = Counter(example["prompt"].split("\n")[1].split()).most_common(ruler.FREQUENT + 1)
+        assert {word for word, _ in counted[:-1]} == set(example["answers"])
+        assert counted[-2][1] > counted[-1][1]
+    assert made > 5
+    few = ruler.Haystack.of(words, [" ".join(haystack.words[: ruler.COMMON]) + "."], 100)
+    with pytest.raises(DocumentError, match="more than 10 different words, got 10"):
+        ruler.examples("ruler_cwe", words, few, length=900, count=1)

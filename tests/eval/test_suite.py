@@ -3,13 +3,12 @@ import json
 import copies_of
 import pytest
 import torch
-import yaml
-from commands import WORDS, save_llama
+from commands import WORDS, refused, save_llama
 
 import lococo
 from lococo import cli
 from lococo.compressors.heads import save_heads
-from lococo.errors import ArgumentError
+from lococo.errors import ArgumentError, DocumentError
 from lococo.facts import ModelFacts
 from lococo.results import Results
 
@@ -21,7 +20,8 @@ from lm_eval.evaluator import evaluate as ask
 from lm_eval.models.huggingface import HFLM
 
 from lococo.eval import suite
-from lococo.eval.tasks import KINDS, AbsentError, TaskChoice, Tasks
+from lococo.eval.choice import TaskChoice
+from lococo.eval.tasks import AbsentError, Tasks
 
 ALL = [
     {"name": "hellaswag", "shots": 2},
@@ -169,7 +169,7 @@ def test_examples_are_not_asked_and_few_questions_are_about_one_text(reader, dat
         ready(reader, data, [{"name": "squad", "shots": 6}])
 
 
-def test_what_is_not_here_is_left_out_and_what_is_unknown_refused(reader, data):
+def test_what_is_not_here_is_left_out_and_what_is_unknown_refused(reader, data, tmp_path):
     known, results, said = tasks_of(reader, data), Results(), []
     choices = [TaskChoice(name) for name in ("race", "squad", "scrolls_govreport", "babi_qa7")]
     made = suite.ready(known, choices, results, said.append)
@@ -177,6 +177,9 @@ def test_what_is_not_here_is_left_out_and_what_is_unknown_refused(reader, data):
     assert [row["task"] for row in results.rows] == ["race", "scrolls_govreport", "babi_qa7"]
     assert results.rows[0]["skipped"] == f"race: no such file in {data.name}: race/*.jsonl"
     assert "leave --data-dir out" in results.rows[1]["skipped"]
+    copies_of.write(tmp_path / "race/test.jsonl", [{"article": "a", "problems": "[{"}])
+    with pytest.raises(DocumentError, match=r"race/test.jsonl, line 1: expected problems to spell a list"):
+        suite.ready(tasks_of(reader, tmp_path), [TaskChoice("race")], results, said.append)
     with pytest.raises(ArgumentError, match="did you mean 'hellaswag'"):
         suite.ready(known, [TaskChoice("helaswag")], results, said.append)
 
@@ -230,35 +233,6 @@ def test_a_data_set_of_the_hub_is_missed_at_once_when_offline(reader, name):
         tasks_of(reader, None).find(TaskChoice("qasper_yesno"))
 
 
-@pytest.mark.parametrize(
-    ("described", "said"),
-    [
-        (3, "expected a task as a name or a mapping"),
-        ({"shots": 3}, "expected a task as a name or a mapping"),
-        ({"name": "squad", "shot": 3}, "no setting shot; expected name, shots"),
-        ({"name": "squad", "limit": 0}, "limit must be at least 1, got 0"),
-        ({"name": "squad", "too_long": "no"}, "too_long must be one of refuse, truncate, middle"),
-    ],
-)
-def test_a_recipe_is_checked(described, said):
-    with pytest.raises(ArgumentError, match=said):
-        TaskChoice.of(described)
-
-
-def test_the_recipes_name_known_tasks(request):
-    recipes = sorted((request.config.rootpath / "recipes").glob("eval-*.yaml"))
-    assert len(recipes) == 5
-    named = set()
-    for recipe in recipes:
-        named |= {TaskChoice.of(described).name for described in yaml.safe_load(recipe.read_text())["tasks"]}
-    longbench = {name for name in named if name.startswith("longbench_")}
-    assert len(longbench) == 21
-    assert len({name for name in named if name.startswith("scrolls_")}) == 7
-    assert named - longbench <= KINDS.keys()
-    for name in longbench:
-        tasks_of((None, None, None), None).check(name)
-
-
 def test_the_command_goes_from_a_recipe_to_a_report(reader, data, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     tasks = ["squad", "race", {"name": "arc_easy", "shots": 1}]
@@ -284,10 +258,22 @@ def test_the_command_goes_from_a_recipe_to_a_report(reader, data, tmp_path, caps
         (["--compressor", "h2"], "did you mean 'h2o'"),
         (["--tasks", "squat"], "did you mean 'squad'"),
         (["--data-dir", "nowhere"], "--data-dir nowhere: no such folder"),
+        # Before the model is looked for.
+        (["--tasks", "squat", "--model", "nowhere/model"], "did you mean 'squad'"),
+        (["--tasks", "squad", "arc_easy", "squad"], "task squad is named twice with the same shots"),
+        (["--config", "EMPTY/tasks.yaml"], "no task was named; name one or more with --tasks"),
+        (["--config", "EMPTY/compressor.yaml"], "--compressor is empty; name one or more"),
+        (["--trained-on", "EMPTY/texts"], "texts holds no .txt or .jsonl file; name a folder of texts"),
+        (["--text", "EMPTY/texts"], "texts holds no .txt or .jsonl file; name a folder of texts"),
     ],
 )
 def test_names_are_checked_before_anything_is_measured(reader, data, tmp_path, capsys, words, said):
     given = ["--tasks", "squad", "--compressor", "h2o", "--data-dir", str(data), "--output", str(tmp_path / "out")]
-    assert cli.main(["eval", "suite", *given, "--model", reader[0], *words]) == 2
-    assert said in capsys.readouterr().err
+    (tmp_path / "texts").mkdir()
+    for name in ("tasks", "compressor"):
+        (tmp_path / f"{name}.yaml").write_text(f"{name}: []")
+    words = [word.replace("EMPTY", str(tmp_path)) for word in words]
+    line = refused(["eval", "suite", *given, "--model", reader[0], *words], capsys)
+    assert said in line
+    assert not list(tmp_path.rglob("suite.jsonl"))
     assert torch.is_grad_enabled()

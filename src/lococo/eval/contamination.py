@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
-from lococo.corpora import texts_of
+from lococo.corpora import texts_in, texts_of
 from lococo.eval.tasks import Task
 from lococo.results import Results
 
@@ -46,8 +46,7 @@ def warn(tasks: Iterable[Task], folder: Path, results: Results, say: Callable[[s
         for place, task in enumerate(tasks)
         for number, row in enumerate(task.rows)
     }
-    files = sorted(path for path in folder.rglob("*") if path.suffix in (".txt", ".jsonl"))
-    hits = shared(texts, ("".join(pieces) for file in files for pieces in texts_of(file)))
+    hits = shared(texts, ("".join(pieces) for file in texts_in(folder) for pieces in texts_of(file)))
     for place, task in enumerate(tasks):
         found = [hits[name] for number in range(len(task.rows)) if (name := f"{place} {number}") in hits]
         about = {"task": task.choice.name, "shots": task.choice.shots, "length": task.choice.length}

@@ -7,6 +7,7 @@ A document of lm-evaluation-harness is a dict. Tasks of its own get the fields t
 import hashlib
 import json
 import re
+from ast import literal_eval
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ def hellaswag(folder: Path) -> list[Document]:
     fields = {"ctx_a": str, "ctx_b": str, "activity_label": str, "endings": list, "label": (int, str)}
 
     def convert(row: Document) -> Document:
+        if not str(row["label"]).isdigit():
+            raise ValueError(f"expected label to be the number of an ending, from 0, got {row['label']!r}")
         _in_range(int(row["label"]), _texts(row["endings"]))
         return {name: row[name] for name in fields} | {"label": str(row["label"])}
 
@@ -97,7 +100,25 @@ def triviaqa(folder: Path) -> list[Document]:
 
 def race(folder: Path) -> list[Document]:
     """Read RACE with the fields of the hub's copy: an article, and its problems as text."""
-    return _read(folder, {"article": str, "problems": str}, dict)
+
+    def convert(row: Document) -> Document:
+        try:
+            problems = [(each["question"], each["options"], each["answer"]) for each in literal_eval(row["problems"])]
+        except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError) as error:
+            raise ValueError(
+                "expected problems to spell a list of objects with question, options and answer, got "
+                f"{row['problems']!r:.80}"
+            ) from error
+        if not problems:
+            raise ValueError("expected one problem or more, got none")
+        for question, options, answer in problems:
+            _texts([question])
+            if not isinstance(options, list) or len(_texts(options)) != 4:
+                raise ValueError(f"expected four options, got {options!r:.80}")
+            _place(answer, ["A", "B", "C", "D"])
+        return row
+
+    return _read(folder, {"article": str, "problems": str}, convert)
 
 
 def logiqa2(folder: Path) -> list[Document]:
@@ -123,6 +144,9 @@ def hotpotqa(folder: Path) -> list[Document]:
     """Read HotpotQA with its distractors, laid out as in LongBench (arXiv 2308.14508)."""
 
     def convert(row: Document) -> Document:
+        for each in row["paragraphs"]:
+            if not isinstance(each, dict) or not all(isinstance(each.get(name), str) for name in ("title", "text")):
+                raise ValueError(f"expected paragraphs to be objects with 'title' and 'text', got {each!r:.80}")
         passages = (f"Passage {i}:\n{p['title']}\n{p['text']}\n" for i, p in enumerate(row["paragraphs"], 1))
         return _asked("".join(passages), row["question"], [row["answer"]])
 
@@ -282,12 +306,12 @@ def _converted(file: Path, fields: Mapping[str, Any], convert: Callable[[Documen
                 continue
             try:
                 row = _clean(json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DocumentError(f"{file}, line {number}: expected a JSON object with {wanted}; {error}") from error
             if not isinstance(row, dict):
                 raise DocumentError(f"{file}, line {number}: expected a JSON object with {wanted}, got {row!r:.80}")
             for name, kind in fields.items():
-                if not isinstance(row.get(name), kind):
+                if not isinstance(row.get(name), kind) or isinstance(row[name], bool):
                     raise DocumentError(
                         f"{file}, line {number}: expected {name} to be {_said(kind)}, got {row.get(name)!r:.80}"
                     )

@@ -6,10 +6,9 @@ takes its tokenisation, stop strings and chat templates, and reads what several 
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,17 +19,15 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lococo.attachment import Attachment, attach, window_of
 from lococo.budgets import slots_for
-from lococo.cache import Positions, fork, grows
-from lococo.errors import ArgumentError, WindowError
+from lococo.cache import Positions, grows
+from lococo.errors import ArgumentError, LococoError, WindowError
+from lococo.eval.sharing import Wanted, groups
 from lococo.models import load_model
 from lococo.progress import counting
-from lococo.reader import prefill, read
+from lococo.reader import read
 from lococo.state_layer import has_state
 
 logger = logging.getLogger(__name__)
-
-# What requests begin with is read on its own if it is at least this many tokens.
-LEAST_SHARED = 32
 
 # What may happen to a prompt that leaves the window.
 TOO_LONG = ("truncate", "middle", "refuse")
@@ -48,23 +45,6 @@ OPTIONS = frozenset(
         "think_end_token",
     }
 )
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """A text, and how much of it may be read together with others.
-
-    Attributes:
-        ids: Its tokens.
-        shareable: Leading tokens whose predictions nobody asks for, at least one less than there are.
-    """
-
-    ids: list[int]
-    shareable: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.shareable < len(self.ids):
-            raise ArgumentError(f"of {len(self.ids)} tokens {self.shareable} cannot be shared; give a longer text")
 
 
 @register_model("lococo")
@@ -186,7 +166,9 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
             wanted.append(Wanted(ids[:-1], len(ids) - len(continuation) - 1))
             counts.append(len(continuation))
             if texts is not None:
-                self.prompts[texts[0]] = (came, min(came, len(ids) - len(continuation)))
+                # What is left of a prompt before the longest of its answers.
+                kept = min(came, len(ids) - len(continuation), self.prompts.get(texts[0], (0, came))[1])
+                self.prompts[texts[0]] = (came, kept)
         self._say_truncated()
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         done = 0
@@ -265,7 +247,8 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
 
     def _say_truncated(self) -> None:
         if self.truncated > self._said_truncated:
-            logger.warning("%d requests were longer than the window and lost their beginning", self.truncated)
+            lost = "middle" if self.too_long == "middle" else "beginning"
+            logger.warning("%d requests were longer than the window and lost their %s", self.truncated, lost)
         self._said_truncated = self.truncated
 
     def get_model_info(self) -> dict[str, Any]:
@@ -320,86 +303,17 @@ def _counting(what: str, disable: bool) -> AbstractContextManager[Callable[[int,
     return nullcontext(lambda done, total: None) if disable else counting(what)
 
 
-def groups(
-    model: PreTrainedModel, new_cache: Callable[[], Cache], wanted: Sequence[Wanted], batch_size: int = 1
-) -> Iterator[tuple[Cache, int, list[int]]]:
-    """Read what texts begin with, each beginning once, and yield batches of them with a cache to go on from.
+def main() -> int:
+    """Run lm-eval's command line; what lococo refuses is said in one line, as by its own commands."""
+    from lm_eval.__main__ import cli_evaluate
 
-    Args:
-        model: Attached, unless caches are of transformers.
-        new_cache: Makes an empty cache.
-        wanted: The texts.
-        batch_size: Most texts of a batch.
-
-    Yields:
-        A cache with as many rows as the batch has texts, the number of tokens that it has read of each, and the
-        numbers of the texts.
-    """
-    if not wanted:
-        return
-    order = sorted(range(len(wanted)), key=lambda number: wanted[number].ids)
-    yield from _groups(model, new_cache(), 0, wanted, order, batch_size)
-
-
-def _groups(
-    model: PreTrainedModel, cache: Cache, start: int, wanted: Sequence[Wanted], order: list[int], batch_size: int
-) -> Iterator[tuple[Cache, int, list[int]]]:
-    """Go on from a cache that holds the first `start` tokens of all texts in `order`, which is sorted by tokens.
-
-    The cache stays as it is: what is read goes into copies of it.
-    """
-    # A text of which little may be shared must not keep the others from sharing more.
-    apart = [number for number in order if wanted[number].shareable < start + LEAST_SHARED]
-    order = [number for number in order if wanted[number].shareable >= start + LEAST_SHARED]
-    shared, stop, rest = cache, start, []
-    if order and (same := _common(wanted, order)) >= start + LEAST_SHARED:
-        shared, stop = fork(cache), same
-        prefill(model, torch.tensor([wanted[order[0]].ids[start:stop]]), shared)
-    for group in _parted(wanted, order, same) if order else ():
-        if any(_common(wanted, [*pair]) >= stop + LEAST_SHARED for pair in pairwise(group)):
-            yield from _groups(model, shared, stop, wanted, group, batch_size)
-        else:
-            rest += group
-    yield from _batches(model, cache, start, wanted, apart, batch_size)
-    yield from _batches(model, shared, stop, wanted, rest, batch_size)
-
-
-def _batches(
-    model: PreTrainedModel, cache: Cache, stop: int, wanted: Sequence[Wanted], apart: list[int], batch_size: int
-) -> Iterator[tuple[Cache, int, list[int]]]:
-    """Yield texts that go on alone from a cache that holds the first `stop` tokens of each."""
-    # Texts of one length waste no padding.
-    apart.sort(key=lambda number: len(wanted[number].ids))
-    for first in range(0, len(apart), batch_size):
-        batch, own, seen = apart[first : first + batch_size], fork(cache), stop
-        if len(batch) == 1 and (rest := wanted[batch[0]].ids[stop : wanted[batch[0]].shareable]):
-            prefill(model, torch.tensor([rest]), own)
-            seen += len(rest)
-        elif len(batch) > 1 and stop:
-            own.batch_repeat_interleave(len(batch))
-        yield own, seen, batch
-
-
-def _common(wanted: Sequence[Wanted], order: list[int]) -> int:
-    """Return how many tokens texts that are sorted have in common and may share."""
-    first, last = wanted[order[0]].ids, wanted[order[-1]].ids
-    most = min(wanted[number].shareable for number in order)
-    return next((place for place in range(most) if first[place] != last[place]), most)
-
-
-def _parted(wanted: Sequence[Wanted], order: list[int], place: int) -> Iterator[list[int]]:
-    """Split texts that are sorted by their token at a place."""
-    group: list[int] = []
-    for number in order:
-        if group and wanted[number].ids[place : place + 1] != wanted[group[0]].ids[place : place + 1]:
-            yield group
-            group = []
-        group.append(number)
-    if group:
-        yield group
+    try:
+        cli_evaluate()
+    except LococoError as error:
+        print(f"lococo: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    from lm_eval.__main__ import cli_evaluate
-
-    cli_evaluate()
+    sys.exit(main())

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lococo.attachment import Attachment, attach, window_of
 from lococo.corpora import domains, windows_of
 from lococo.errors import ArgumentError, DocumentError
+from lococo.eval.labels import check_labels, label
 from lococo.progress import Counted, beyond
 from lococo.reader import stream
 from lococo.results import Results, Row, key_of
@@ -89,6 +90,7 @@ def evaluate(
     if trials < 1:
         raise ArgumentError(f"trials must be at least 1, got {trials}")
     names = ["full", *(name for name in dict.fromkeys(compressors) if name != "full")]
+    check_labels(names)
     attached = {name: attach(model, name, num_slots=num_slots, chunk_size=chunk_size) for name in names}
     made = {length: make_trials(tokenizer, data, length, trials, seed) for length in lengths}
     results = Results() if results is None else results
@@ -99,7 +101,7 @@ def evaluate(
             settings = {
                 "task": "needle",
                 "length": length,
-                "compressor": Path(name).name,  # of a folder of heads
+                "compressor": label(name),
                 "num_slots": num_slots,
                 "chunk_size": chunk_size,
             }

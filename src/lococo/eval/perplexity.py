@@ -14,6 +14,7 @@ from lococo.budgets import slots_for
 from lococo.cache import Positions
 from lococo.corpora import domains, windows_of
 from lococo.errors import ArgumentError, DocumentError
+from lococo.eval.labels import check_labels, label
 from lococo.progress import Counted, beyond
 from lococo.reader import score
 from lococo.results import Results, Row, key_of
@@ -78,6 +79,7 @@ def evaluate(
             f"windows of {max_length} tokens are longer than the {limit} that the full cache was trained for, "
             "so there is nothing to compare with; lower max_length"
         )
+    check_labels(["full", *compressors])
     attached_with = partial(attach, model, chunk_size=chunk_size, positions=positions)
     # The full cache is read once, whatever the numbers of slots.
     attached = {("full", 0): attached_with("full")}
@@ -103,7 +105,7 @@ def evaluate(
             settings = {
                 "task": "perplexity",
                 "domain": domain,
-                "compressor": Path(name).name,  # of a folder of heads
+                "compressor": label(name),
                 "num_slots": slots or None,
                 "chunk_size": chunk_size,
                 "max_length": max_length,

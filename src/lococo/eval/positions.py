@@ -18,6 +18,7 @@ from lococo.attachment import Attachment, attach, window_of
 from lococo.cache import Positions
 from lococo.corpora import domains, texts_of
 from lococo.errors import ArgumentError, DocumentError
+from lococo.eval.labels import check_labels, label
 from lococo.eval.perplexity import interval
 from lococo.models import model_id
 from lococo.reader import score
@@ -86,6 +87,7 @@ def evaluate(
     ends = sorted(set(lengths))
     if not ends or ends[0] < 2:
         raise ArgumentError(f"expected lengths of at least 2 tokens, got {list(lengths)}; raise --lengths")
+    check_labels(compressors)
     attached = {
         name: attach(model, name, num_slots=num_slots, chunk_size=chunk_size, positions=positions)
         for name in dict.fromkeys(compressors)
@@ -104,7 +106,7 @@ def evaluate(
                 "model": model_id(model),
                 "domain": document.domain,
                 "document": document.number,
-                "compressor": Path(name).name,  # of a folder of heads
+                "compressor": label(name),
                 "num_slots": None if attachment.compressor is None else num_slots,
                 "chunk_size": chunk_size,
                 "positions": positions,

@@ -66,7 +66,7 @@ def report(sources: Sequence[Path], *, baseline: str = plots.FULL, form: Literal
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         raise ArgumentError(f"no result is of {baseline!r}; expected one of {', '.join(sorted(named))}{hint}")
     parts = sorted(
-        (part for file, name in files.items() for part in _parts(rows[file], name, baseline, form == "html")),
+        (part for file, name in files.items() for part in _checked(file, rows[file], name, baseline, form == "html")),
         key=lambda part: part.section.rank,
     )
     if not parts:
@@ -89,6 +89,21 @@ def _plain(text: str) -> str:
     return " ".join(text.split())
 
 
+def _checked(file: Path, rows: list[Row], name: str, baseline: str, drawn: bool) -> list[Part]:
+    """Return the parts of a file.
+
+    Raises:
+        DocumentError: If its rows are not as the commands write them.
+    """
+    try:
+        return list(_parts(rows, name, baseline, drawn))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else f"holds something else than was expected ({error})"
+        raise DocumentError(
+            f"{file}: a row {what}; expected rows as `lococo eval`, `ablate` or `bench` write them"
+        ) from error
+
+
 def _parts(rows: list[Row], name: str, baseline: str, drawn: bool) -> Iterator[Part]:
     about = [row[ABOUT] for row in rows if ABOUT in row]
     commands = list(dict.fromkeys(each["command"] for each in about))
@@ -103,7 +118,7 @@ def _rows(file: Path) -> list[Row]:
     for number, line in enumerate(file.read_text("utf-8", errors="replace").splitlines(), 1):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DocumentError(f"{file}, line {number}: expected a row of results in JSON; {error}") from error
         if not isinstance(rows[-1], dict):
             raise DocumentError(f"{file}, line {number}: expected a row of results in JSON, got {line:.80}")

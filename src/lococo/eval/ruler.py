@@ -8,6 +8,7 @@ tokens, with the answers that must occur in what the model writes after it.
 import bisect
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -172,6 +173,8 @@ def _common_words(draw: random.Random, hay: Haystack, count: Count, length: int)
     before = "Below is a numbered list of words, some of which occur more often than others. Keep those in mind.\n"
     after = f"\nQuestion: What are the {COMMON} most common words of the list above?\n"
     after += f"Answer: The {COMMON} most common words of the list are:"
+    if len(hay.words) <= COMMON:
+        raise DocumentError(f"expected a text with more than {COMMON} different words, got {len(hay.words)}")
     pool = draw.sample(hay.words, len(hay.words))
     common, rare = pool[:COMMON], pool[COMMON:]
     # Short lists keep the proportion of ten to one as long as they can.
@@ -209,7 +212,9 @@ def _frequent_words(draw: random.Random, hay: Haystack, count: Count, length: in
     words = [word for word, times in zip(coded, shares, strict=True) for _ in range(times)][:number]
     while words and count(before + " ".join(words) + after) > length:
         words = words[: int(len(words) * 0.97)]
-    if len(set(words)) <= FREQUENT:
+    times = Counter(words)
+    # The last word that is asked for must occur more often than the next one.
+    if times[coded[FREQUENT - 1]] <= times[coded[FREQUENT]] or not times[coded[FREQUENT]]:
         raise ArgumentError(f"a coded text needs more than {length} tokens; raise the length")
     draw.shuffle(words)
     return before + " ".join(words) + after, coded[:FREQUENT]

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from lm_eval.evaluator import evaluate as ask
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,17 +13,16 @@ from lococo import compressors as table
 from lococo.attachment import Attachment, attach, window_of
 from lococo.errors import ArgumentError, WindowError
 from lococo.eval import metrics
+from lococo.eval.choice import TaskChoice
 from lococo.eval.harness import SlotLM
-from lococo.eval.tasks import AbsentError, Task, TaskChoice, Tasks
+from lococo.eval.labels import SLOTS, check_labels, label
+from lococo.eval.tasks import AbsentError, Task, Tasks, check_name
 from lococo.results import Results, Row, key_of
 
 FULL = "full"
 
 # Texts that are read together: the answers to choose from take half as long as one by one.
 BATCH = 4
-
-# Stands for the number of slots in the name of a folder of heads.
-SLOTS = "{num_slots}"
 
 
 @dataclass(frozen=True)
@@ -60,20 +58,13 @@ def readings(
     """
     made = [Reading(FULL, None, False, attach(model, FULL, chunk_size=chunk_size))]
     names = [name for name in dict.fromkeys(compressors) if name != FULL]
-    labels = [_label(name) for name in names]
-    if len(set(labels)) < len(labels) or FULL in labels:
-        raise ArgumentError(f"rows tell compressors apart by {', '.join(labels)}; rename folders so that they differ")
+    check_labels([FULL, *names])
     for mean in dict.fromkeys(num_slots):
-        for name, label in zip(names, labels, strict=True):
+        for name in names:
             spelt = name.replace(SLOTS, str(mean))
             attachment = attach(model, spelt, num_slots=mean, chunk_size=chunk_size)
-            made.append(Reading(label, mean, table.is_trained(spelt), attachment))
+            made.append(Reading(label(name), mean, table.is_trained(spelt), attachment))
     return made
-
-
-def _label(name: str) -> str:
-    """Return how a compressor is called in rows: for heads in a folder, the folder's name alone."""
-    return Path(name.replace(SLOTS, "").rstrip("-_/")).name
 
 
 def evaluate(
@@ -149,10 +140,27 @@ def skipped(results: Results, choice: TaskChoice, reason: str) -> str:
     return f"skipped  {choice.name}: {reason}"
 
 
+def check(choices: Sequence[TaskChoice]) -> None:
+    """Refuse names that are no task, and tasks that their rows would not tell apart.
+
+    Raises:
+        ArgumentError: Names the task.
+    """
+    if not choices:
+        raise ArgumentError("no task was named; name one or more with --tasks, such as squad")
+    seen = set()
+    for choice in choices:
+        check_name(choice.name)
+        if (same := (choice.name, choice.shots, choice.length, choice.too_long)) in seen:
+            raise ArgumentError(
+                f"task {choice.name} is named twice with the same shots, length and too_long; drop one of the two"
+            )
+        seen.add(same)
+
+
 def ready(tasks: Tasks, choices: Sequence[TaskChoice], results: Results, say: Callable[[str], None]) -> list[Task]:
     """Make tasks ready; those whose data is not here, or makes no prompts of that length, are left out and noted."""
-    for choice in choices:
-        tasks.check(choice.name)
+    check(choices)
     made = []
     for choice in choices:
         try:

@@ -1,7 +1,6 @@
-"""What can be measured: tasks of lm-evaluation-harness and ours, on local copies or data sets of the hub.
+"""Tasks made ready to be asked: those of lm-evaluation-harness and ours, on local copies or data sets of the hub.
 
-Where lm-evaluation-harness has a task, its prompts and metrics are used, and a local copy only takes the place of the
-data set. SCROLLS is ours, since the harness fetches the code of its metrics from the hub.
+A local copy only takes the place of the data set of a task of lm-evaluation-harness.
 """
 
 import difflib
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from datasets import Dataset, DatasetDict
 from lm_eval.api.task import ConfigurableTask
@@ -22,110 +21,10 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from transformers import PreTrainedTokenizerBase
 
 from lococo.errors import ArgumentError, DocumentError, LococoError
-from lococo.eval import copies, metrics, ruler, scrolls
+from lococo.eval import copies, metrics, ruler
+from lococo.eval.choice import TaskChoice, TooLong
 from lococo.eval.copies import Document
-
-TooLong = Literal["refuse", "truncate", "middle"]
-
-Read = Callable[[Path], list[Document]]
-
-
-@dataclass(frozen=True)
-class TaskChoice:
-    """One task of a suite.
-
-    Attributes:
-        name: Of the task.
-        shots: Examples with their answers before every question: the first rows, which are not asked.
-        limit: Most questions, the first ones; a suite may say less.
-        per_document: Most questions about one text; None: all.
-        length: Most tokens of a prompt and its answer; None: the model's window, or 1,024 for prompts that are made.
-        too_long: What happens to a longer prompt: refuse skips the task and says so, truncate cuts its beginning off,
-            middle its middle (LongBench); None: middle for long documents, refuse for all else.
-    """
-
-    name: str
-    shots: int = 0
-    limit: int | None = None
-    per_document: int | None = None
-    length: int | None = None
-    too_long: TooLong | None = None
-
-    @classmethod
-    def of(cls, described: object) -> "TaskChoice":
-        """Check what a recipe says about a task: its name alone, or a mapping with these attributes."""
-        fields = {"name": described} if isinstance(described, str) else described
-        if not isinstance(fields, Mapping) or not isinstance(fields.get("name"), str):
-            raise ArgumentError(f"expected a task as a name or a mapping with a name, got {described!r}")
-        if unknown := fields.keys() - cls.__dataclass_fields__.keys():
-            expected = ", ".join(cls.__dataclass_fields__)
-            raise ArgumentError(f"task {fields['name']}: no setting {', '.join(sorted(unknown))}; expected {expected}")
-        for name, least in (("shots", 0), ("limit", 1), ("per_document", 1), ("length", 1)):
-            value = fields.get(name, least)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ArgumentError(f"task {fields['name']}: {name} must be at least {least}, got {value!r}")
-        if fields.get("too_long") not in (None, *get_args(TooLong)):
-            expected = ", ".join(get_args(TooLong))
-            raise ArgumentError(
-                f"task {fields['name']}: too_long must be one of {expected}, got {fields['too_long']!r}"
-            )
-        return cls(**fields)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What is known of a task.
-
-    Attributes:
-        metric: The score that counts.
-        folder: Of its local copy; "" for none.
-        read: Reads the copy.
-        hub: Reads the hub's data set, for tasks of ours that have one; the harness's find theirs.
-        ours: Whether the documents are those of `copies.question_of`.
-        answer: Most tokens of an answer, of ours.
-        long: Whether its documents may be longer than a window.
-        stop: What ends an answer, of ours.
-    """
-
-    metric: str
-    folder: str = ""
-    read: Read | None = None
-    hub: Callable[[], list[Document]] | None = None
-    ours: bool = False
-    answer: int = 32
-    long: bool = False
-    stop: tuple[str, ...] = ("\n",)
-
-
-def _ours(metric: str, folder: str, read: Read | None, **more: Any) -> Kind:
-    return Kind(metric, folder, read, ours=True, **more)
-
-
-BABI = range(1, 21)
-
-KINDS: dict[str, Kind] = {
-    "hellaswag": Kind("acc_norm", "hellaswag", copies.hellaswag),
-    "winogrande": Kind("acc", "winogrande", copies.winogrande),
-    "race": Kind("acc", "race", copies.race),
-    "triviaqa": Kind("exact_match", "triviaqa", copies.triviaqa),
-    "logiqa2": Kind("acc_norm", "logiqa2", copies.logiqa2),
-    "arc_easy": Kind("acc_norm", "arc_easy", copies.arc),
-    "arc_challenge": Kind("acc_norm", "arc_challenge", copies.arc),
-    "squad": _ours("f1", "squad", copies.squad),
-    "hotpotqa": _ours("f1", "hotpotqa", copies.hotpotqa),
-    "narrativeqa_summaries": _ours("f1", "narrativeqa_summaries", copies.squad),
-    "qasper_yesno": _ours("acc", "qasper_yesno", copies.qasper_yesno, long=True),
-    **{f"babi_qa{n}": _ours("acc", "babi", partial(copies.babi, number=n)) for n in BABI},
-    "scrolls_qmsum": _ours("rouge", "qmsum", copies.qmsum, hub=scrolls.qmsum, answer=128, long=True),
-    "scrolls_contractnli": _ours("acc_norm", "contract_nli", copies.contract_nli, hub=scrolls.contract_nli, long=True),
-    "scrolls_quality": _ours("acc_norm", "", None, hub=scrolls.quality, long=True),
-    "scrolls_qasper": _ours("f1", "", None, hub=scrolls.qasper, answer=64, long=True),
-    "scrolls_narrativeqa": _ours("f1", "", None, hub=scrolls.narrativeqa, long=True),
-    "scrolls_govreport": _ours("rouge", "", None, hub=scrolls.gov_report, answer=512, long=True),
-    "scrolls_summscreenfd": _ours("rouge", "", None, hub=scrolls.summ_screen, answer=256, long=True),
-    # Whatever is written counts, as in RULER: lists may stand on lines of their own.
-    **{family: _ours("found", "", None, answer=tokens, stop=()) for family, tokens in ruler.ANSWER_TOKENS.items()},
-}
+from lococo.eval.kinds import KINDS, Kind
 
 LONGBENCH = "longbench_"
 
@@ -176,6 +75,20 @@ class Task:
         }
 
 
+def check_name(name: str) -> None:
+    """Refuse a name that is no task.
+
+    Raises:
+        ArgumentError: Suggests the nearest one.
+    """
+    if name not in KINDS and name not in _manager().all_subtasks:
+        nearest = difflib.get_close_matches(name, [*KINDS, *_manager().all_subtasks], 1, 0.5)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ArgumentError(
+            f"unknown task {name!r}; expected one of {', '.join(KINDS)}, or one of lm-evaluation-harness{hint}"
+        )
+
+
 class Tasks:
     """Finds tasks by name."""
 
@@ -192,15 +105,6 @@ class Tasks:
         """
         self.tokenizer, self.data, self.text, self.limit = tokenizer, data, text, limit
 
-    def check(self, name: str) -> None:
-        """Refuse a name that is no task."""
-        if name not in KINDS and name not in _manager().all_subtasks:
-            nearest = difflib.get_close_matches(name, [*KINDS, *_manager().all_subtasks], 1, 0.5)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-            raise ArgumentError(
-                f"unknown task {name!r}; expected one of {', '.join(KINDS)}, or one of lm-evaluation-harness{hint}"
-            )
-
     def find(self, choice: TaskChoice) -> Task:
         """Make a task ready.
 
@@ -209,7 +113,7 @@ class Tasks:
             AbsentError: If its data is not here, or too little of it.
             DocumentError: If a file of it is malformed.
         """
-        self.check(choice.name)
+        check_name(choice.name)
         kind = KINDS.get(choice.name)
         if kind is None:
             return self._of_the_hub(choice, None)

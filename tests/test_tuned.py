@@ -22,7 +22,7 @@ from lococo.errors import ArgumentError, FileFormatError, ModelError
 from lococo.models import load_config, load_tokenizer
 from lococo.train.extend import extend
 from lococo.train.extension import Extension
-from lococo.tuned import ADAPTER, RECORD, merge
+from lococo.tuned import ADAPTER, PREFIX, RECORD, merge
 
 IDS = torch.randint(0, 128, (1, 100), generator=torch.Generator().manual_seed(0))
 
@@ -35,9 +35,9 @@ def save_base(folder, *, seed=0, **settings):
     return str(folder)
 
 
-def tuned_from(base, folder, **options):
+def tuned_from(base, folder, *, dtype="float32", **options):
     """Tune a model; return it as it was in memory at the end."""
-    model, tokenizer = lococo.load_model(base)
+    model, tokenizer = lococo.load_model(base, dtype=dtype)
     recipe = Extension(**RECIPE | {"steps": 2, "held_out_windows": 0, "accumulate": 1} | options)
     corpus_in(folder.parent / "text", WORDS * 60)
     extend(model, tokenizer, recipe, folder, base=base, data=[str(folder.parent / "text")], say=lambda line: None)
@@ -97,6 +97,19 @@ def test_heads_keep_the_selection_that_they_were_tuned_with(tmp_path):
     # and are tuned further with it
     tuned_from(base, tmp_path / "again", compressor=str(tmp_path / "tuned" / "heads"), steps=1)
     assert json.loads((tmp_path / "again" / "heads" / "config.json").read_text())["selection"] == "h2o"
+
+
+def test_a_model_in_half_precision_is_written_so_without_loss(tmp_path):
+    base = save_base(tmp_path / "base")
+    model = tuned_from(base, tmp_path / "tuned", dtype="bfloat16")
+    written = safetensors.torch.load_file(tmp_path / "tuned" / ADAPTER)
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    ours = dict(model.named_parameters())
+    for name, tensor in written.items():
+        own = name.removeprefix(PREFIX).replace("_A.weight", "_A.default.weight")
+        assert torch.equal(ours[own.replace("_B.weight", "_B.default.weight")].float(), tensor.float()), name
+    heads = safetensors.torch.load_file(tmp_path / "tuned" / "heads" / "model.safetensors")
+    assert {tensor.dtype for tensor in heads.values()} == {torch.float16}
 
 
 def test_plain_peft_and_transformers_load_it(made):

@@ -157,7 +157,7 @@ class TestCompressAndAsk:
 
         monkeypatch.setattr(os, "fsync", full)
         words = ["compress", str(book), "-o", str(tmp_path / "ctx"), "--model", tiny, *SLOTS]
-        assert refused(words, capsys) == "lococo: No space left on device\n"
+        assert refused(words, capsys) == f"lococo: {tmp_path / 'ctx'}: No space left on device\n"
         assert [p.name for p in tmp_path.iterdir()] == ["book.txt"]
 
     def test_interrupting_a_long_read_leaves_no_file(

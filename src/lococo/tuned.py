@@ -19,6 +19,7 @@ from lococo.errors import ArgumentError, FileFormatError, ModelError
 from lococo.options import check_extra
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from lococo.compressors.heads import Heads
@@ -62,7 +63,7 @@ def save_tuned(
     selection: str,
     training: dict[str, Any],
 ) -> None:
-    """Write what was tuned; the record comes last, so a folder that has it is whole.
+    """Write what was tuned, in the model's floating-point type; the record comes last, so a folder with it is whole.
 
     Args:
         folder: Made if absent.
@@ -97,15 +98,31 @@ def save_tuned(
             # peft ties the two again, and looks for the weights of both.
             config.ensure_weight_tying = True
             state[f"{PREFIX}{name}.weight"] = tied.weight
-    written = {name: tensor.detach().float().cpu().clone() for name, tensor in state.items()}
+    written = {name: tensor.detach().to(model.dtype).cpu().clone() for name, tensor in state.items()}
     with tempfile.TemporaryDirectory() as aside:
         config.save_pretrained(aside)
         adapter_config = (Path(aside) / ADAPTER_CONFIG).read_bytes()
     write_atomically(folder / ADAPTER, safetensors.torch.save(written, {"format": "pt"}))
     write_atomically(folder / ADAPTER_CONFIG, adapter_config)
     if heads is not None:
-        save_heads(heads, folder / HEADS, ModelFacts.of(model), selection=selection, training=training)
+        save_heads(
+            heads,
+            folder / HEADS,
+            ModelFacts.of(model),
+            selection=selection,
+            training=training,
+            dtype=heads_dtype(model),
+        )
     _write_record(folder, {"base_model": base, "rope": rope, "compressor": compressor, "training": training})
+
+
+def heads_dtype(model: "PreTrainedModel") -> "torch.dtype":
+    """Return what a model's heads are written as: as exactly as the model, but half precision is float16's."""
+    import torch
+
+    from lococo.compressors.heads import WRITTEN_AS
+
+    return torch.float32 if model.dtype == torch.float32 else WRITTEN_AS
 
 
 def _write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -17,6 +17,9 @@ from lococo.facts import ModelFacts
 
 FORMAT_VERSION = 1
 
+# Of heads that were trained; their gains are far from float16's limits.
+WRITTEN_AS = torch.float16
+
 # Of a training that is under way, in the folder of its heads.
 CHECKPOINT = "checkpoint.safetensors"
 

@@ -17,9 +17,9 @@ from lococo.train.long_lessons import LongLessons
 from lococo.train.loop import Training, made_with, placed
 from lococo.train.packing import check_longest
 from lococo.train.run import standard_library
-from lococo.train.trained import Trained
+from lococo.train.trained import Trained, round_to
 from lococo.train.tuning import Tuning, tune
-from lococo.tuned import base_of, save_tuned
+from lococo.tuned import base_of, heads_dtype, save_tuned
 
 Row = dict[str, Any]
 
@@ -76,6 +76,7 @@ def extend(
     training.run_saving(
         checkpoint, apart_lessons, recipe.held_out_windows, save_every=save_every, after_step=after_step
     )
+    _round(model, tuning)
     figures = {
         # What was tuned travels: where a folder lay is nobody's business.
         "recipe": asdict(recipe) | {"compressor": Path(recipe.compressor).name},
@@ -113,6 +114,12 @@ def tuning_of(model: PreTrainedModel, corpus: Corpus, recipe: Extension) -> tupl
     tuning = tune(model, recipe)
     lessons = LongLessons(model, tuning.compressor, corpus, recipe)
     return Training(lessons, Trained(tuning.heads, tuning.groups), recipe, belongs_to), tuning
+
+
+def _round(model: PreTrainedModel, tuning: Tuning) -> None:
+    round_to(model.dtype, (parameter for name, parameter in model.named_parameters() if ".lora_" in name))
+    if tuning.heads is not None:
+        round_to(heads_dtype(model), tuning.heads.parameters())
 
 
 def _measured(training: Training, lessons: LongLessons, recipe: Extension) -> dict[str, float]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lococo.attachment import window_of
 from lococo.budgets import calibration_weights
 from lococo.compressors import of_heads
-from lococo.compressors.heads import CHECKPOINT, Heads, save_heads
+from lococo.compressors.heads import CHECKPOINT, WRITTEN_AS, save_heads
 from lococo.compressors.learned import LearnedHeads
 from lococo.errors import ArgumentError, DocumentError, TrainingError
 from lococo.facts import ModelFacts
@@ -23,12 +23,9 @@ from lococo.train.loop import head_training
 from lococo.train.recall import recall_window
 from lococo.train.recipe import Recipe
 from lococo.train.scores import Example, collect, fit
-from lococo.train.trained import heads_in, new_heads
+from lococo.train.trained import heads_in, new_heads, round_to
 
 Row = dict[str, Any]
-
-# What heads are written as.
-SAVED_AS = torch.float16
 
 # Windows on which the layers' shares are measured, and the groups of layers that share one.
 CALIBRATION_WINDOWS = 6
@@ -112,7 +109,7 @@ def train(
     training.run_saving(checkpoint, lessons, HELD_OUT_BETWEEN, save_every=save_every, after_step=after_step)
     if isinstance(heads, LearnedHeads) and recipe.learned_scores:
         fit_scores(model, heads, corpus, recipe, say)
-    _round(heads)
+    round_to(WRITTEN_AS, heads.parameters())
     after = training.evaluate(lessons, HELD_OUT_WINDOWS)
     if not all(map(math.isfinite, after.values())):
         raise TrainingError(
@@ -128,16 +125,9 @@ def train(
         "held_out": after,
     }
     if training.accelerator.is_main_process:
-        save_heads(heads, output, ModelFacts.of(model), training=figures, dtype=SAVED_AS)
+        save_heads(heads, output, ModelFacts.of(model), training=figures, dtype=WRITTEN_AS)
         checkpoint.unlink(missing_ok=True)
     return figures
-
-
-@torch.no_grad()
-def _round(heads: Heads) -> None:
-    """Round heads to what is written of them, so that what is measured is what is loaded later."""
-    for parameter in heads.parameters():
-        parameter.copy_(parameter.to(SAVED_AS))
 
 
 def _long_enough(corpus: Corpus, held_out: Corpus, recipe: Recipe) -> tuple[Corpus, Corpus]:

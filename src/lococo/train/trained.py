@@ -1,7 +1,7 @@
 """What a training changes: parameters in groups with rates of their own, and what a checkpoint keeps of them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -135,6 +135,13 @@ class Trained:
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:
     return parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
+
+
+@torch.no_grad()
+def round_to(dtype: torch.dtype, parameters: Iterable[nn.Parameter]) -> None:
+    """Round to what will be written, so that what is measured is what is loaded later."""
+    for parameter in parameters:
+        parameter.copy_(parameter.to(dtype))
 
 
 def of_heads_alone(heads: Heads, *, rate: float, norms_rate: float) -> list[Group]:

@@ -2,11 +2,12 @@
 
 import io
 import sys
+import time
 
 import pytest
 from transformers import DynamicCache
 
-from lococo.progress import ReadingProgress, mib, reading, resident_nbytes
+from lococo.progress import ReadingProgress, counting, mib, reading, resident_nbytes
 
 
 def progress_of(total_bytes: int | None) -> ReadingProgress:
@@ -63,6 +64,18 @@ def test_a_terminal_shows_tokens_and_memory(monkeypatch: pytest.MonkeyPatch) -> 
         progress.advance(1234)
     assert "1,234 tokens" in terminal.getvalue()
     assert "all kept" in terminal.getvalue()
+
+
+def test_long_work_says_a_line_a_minute_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with counting("windows") as progress:
+        for done in range(1, 8):
+            now += 25.0
+            progress(done, 1200)
+    assert capsys.readouterr().err == "3 of 1,200 windows\n6 of 1,200 windows\n"
 
 
 def test_memory_of_this_process_is_plausible() -> None:

@@ -1,6 +1,7 @@
 """What a long read shows on stderr while it runs; nothing where stderr is not a terminal."""
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,11 +113,23 @@ def beyond(progress: Callable[[int, int], None] | None, before: int, total: int)
     return counted
 
 
+# Between lines of long work where stderr is no terminal.
+LINE_SECONDS = 60.0
+
+
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar of things done, if stderr is a terminal; yields a function that takes those done and all there are."""
+    """Show a bar on a terminal, elsewhere a line a minute; yields what takes things done and all there are."""
     if not sys.stderr.isatty():
-        yield lambda done, total: None
+        said = time.monotonic()
+
+        def line(done: int, total: int) -> None:
+            nonlocal said
+            if time.monotonic() - said >= LINE_SECONDS:
+                said = time.monotonic()
+                print(f"{done:,} of {total:,} {what}", file=sys.stderr, flush=True)
+
+        yield line
         return
     columns = (
         BarColumn(bar_width=20),

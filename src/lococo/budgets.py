@@ -168,7 +168,7 @@ def calibration_weights(
         )
     sums, count = [0.0] * (len(bounds) - 1), 0
     with _in_float32(model):
-        for ids in windows:
+        for number, ids in enumerate(windows, 1):
             length = ids.shape[1]
             full = _log_probabilities(model, ids, compressor, [length] * layers, chunk_size)
             count += len(full)
@@ -176,6 +176,8 @@ def calibration_weights(
                 slots = [num_slots if first <= i < last else length for i in range(layers)]
                 some = _log_probabilities(model, ids, compressor, slots, chunk_size)
                 sums[group] += (full.exp() * (full - some)).sum().item()
+            if progress is not None and len(windows) > 1:
+                progress(f"{number} of {len(windows)} texts read with each group of layers compressed alone")
     sensitivity: list[float] = []
     for total, (first, last) in zip(sums, pairwise(bounds), strict=True):
         sensitivity += [max(total / count, 0.0) / (last - first)] * (last - first)

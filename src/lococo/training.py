@@ -113,6 +113,7 @@ def carry_out(
     from rich.console import Console
 
     Console(file=human(options.json)).print(final_table(figures))
+    print(f"saved as {target}", file=human(options.json))
     if options.json:
         print(jsonlib.dumps(figures))
 

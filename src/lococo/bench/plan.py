@@ -267,7 +267,7 @@ def tables(made: Plan) -> "list[Table | str]":
     what = f"{made.model}, {made.parameters / 1e9:.2f} billion parameters in {made.dtype}"
     title = f"{what}; {made.batch} x {made.context:,} tokens, {made.num_slots} slots, chunks of {made.chunk_size}"
     beyond = made.window is not None and made.context > made.window
-    remark = [f"beyond the window of {made.window:,} the full cache reads no sense"] if beyond else []
+    remark = [f"beyond the window of {made.window:,} tokens the full cache makes no sense of a text"] if beyond else []
     memory = Table("GiB")
     for heading in ("full cache", "slots"):
         memory.add_column(heading, justify="right")

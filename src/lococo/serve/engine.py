@@ -272,7 +272,7 @@ class Engine:
             completion_tokens=len(answer.tokens),
             cached_tokens=answer.cached,
             seen=cache.seen,
-            slots=cache.num_slots,
+            slots=round(cache.num_slots),
             kv_nbytes=kv_nbytes(cache),
             full_kv_nbytes=figures["full_kv_nbytes"],
         )

@@ -87,7 +87,7 @@ class Usage:
         completion_tokens: Of the answer.
         cached_tokens: Of the prompt, not read anew.
         seen: Tokens in the slots at the end.
-        slots: Per layer and key/value head.
+        slots: Per layer and key/value head, mean over the layers.
         kv_nbytes: Keys and values held.
         full_kv_nbytes: What a full cache would hold.
     """
@@ -96,7 +96,7 @@ class Usage:
     completion_tokens: int
     cached_tokens: int
     seen: int
-    slots: float
+    slots: int
     kv_nbytes: int
     full_kv_nbytes: int
 

@@ -61,7 +61,7 @@ class Corpus:
         self.domains = {name: documents for name, documents in sorted(domains.items()) if documents}
         self.tokenizer = tokenizer
         if not self.domains:
-            raise DocumentError(f"expected text to train on ({', '.join(SUFFIXES)} files), found none")
+            raise DocumentError(f"expected text to train on, found no {' or '.join(SUFFIXES)} file with any")
 
     @property
     def fingerprint(self) -> str:

@@ -82,7 +82,7 @@ def final_table(figures: Row) -> Table:
     matching = figures["recipe"].get("objective") == "attention"
     unit = "share of attention's energy" if matching else "nats per token"
     text = "held-out text" if figures["held_out_was_kept_apart"] else "the text that was trained on"
-    made = Table("slots", "before", "after", "", title=f"loss on {text}, {unit}")
+    made = Table("slots", "before", "after", "change", title=f"loss on {text}, {unit}")
     for num_slots, after in figures["held_out"].items():
         before = figures["held_out_before"][num_slots]
         made.add_row(num_slots, f"{before:.4f}", f"{after:.4f}", f"{after / before - 1:+.0%}" if before else "")

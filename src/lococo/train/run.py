@@ -99,7 +99,7 @@ def train(
         budgets = {}
         for num_slots in recipe.calibrate_at:
             say(f"measuring the layers' shares of {num_slots} slots")
-            budgets[num_slots] = _weights(model, corpus, recipe, num_slots)
+            budgets[num_slots] = _weights(model, corpus, recipe, num_slots, say)
         heads = new_heads(model, recipe, budgets)
         training = head_training(model, heads, corpus, recipe)
     lessons = HeadLessons(model, of_heads(heads, heads.kind), held_out, recipe)
@@ -177,7 +177,9 @@ def fit_scores(
     say(f"mass of what goes, looked ahead and asked for, held out: {means[0]:.4f} before, {means[1]:.4f} after")
 
 
-def _weights(model: PreTrainedModel, corpus: Corpus, recipe: Recipe, num_slots: int) -> list[float]:
+def _weights(
+    model: PreTrainedModel, corpus: Corpus, recipe: Recipe, num_slots: int, say: Callable[[str], None]
+) -> list[float]:
     length = min(recipe.length, num_slots + 4 * recipe.chunk_size)
     least = num_slots + 2 * recipe.chunk_size
     windows = [
@@ -191,4 +193,5 @@ def _weights(model: PreTrainedModel, corpus: Corpus, recipe: Recipe, num_slots: 
         num_slots=num_slots,
         chunk_size=recipe.chunk_size,
         groups=CALIBRATION_GROUPS,
+        progress=say,
     )

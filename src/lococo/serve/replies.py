@@ -42,7 +42,7 @@ class Model(Reply):
     object: Literal["model"]
     created: int
     owned_by: str
-    slots: float | None
+    slots: int | None
     chunk_size: int
     max_new_tokens: int
     compressor: str
@@ -69,7 +69,7 @@ class Counts(Reply):
     total_tokens: int
     prompt_tokens_details: CachedTokens
     seen: int
-    slots: float
+    slots: int
     kv_nbytes: int
     full_kv_nbytes: int
 

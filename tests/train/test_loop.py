@@ -203,9 +203,12 @@ def test_a_whole_training_gives_heads_that_load(tmp_path):
     figures = train(
         trained.lessons.model, trained.lessons.corpus.tokenizer, recipe, tmp_path / "heads", save_every=2, **arguments
     )
-    assert said[:2] == ["measuring the layers' shares of 24 slots", "going on after step 2 of 4"]
-    assert said[2] == "reading 4 windows to fit scores to"
-    assert "looked ahead and asked for, held out: " in said[3]
+    assert said[0] == "measuring the layers' shares of 24 slots"
+    assert said[1:7] == [f"{n} of 6 texts read with each group of layers compressed alone" for n in range(1, 7)]
+    again = said.index("going on after step 2 of 4")
+    assert all(line.startswith("layers ") for line in said[7:again])
+    assert said[again + 1] == "reading 4 windows to fit scores to"
+    assert "looked ahead and asked for, held out: " in said[again + 2]
     assert sorted(path.name for path in (tmp_path / "heads").iterdir()) == ["config.json", "model.safetensors"]
     _, heads = load_heads(tmp_path / "heads", dict.fromkeys(range(4), 24), 12)
     assert sum(heads.slots_per_layer(24)) == 96

@@ -2,6 +2,7 @@
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,9 @@ INK = "#010203"
 FULL = "full"
 
 PANEL = (4.2, 3.2)
+
+# Characters of a title's line, which a panel is as wide as.
+TITLE_WIDTH = 42
 
 
 def ablations(rows: Sequence[Row]) -> "Figure":
@@ -250,7 +254,7 @@ def _panels(keys: Sequence[Any], draw: Callable[["Axes", Any], None], name: str 
     for panel, key in zip(panels, keys, strict=False):
         draw(panel, key)
         if not panel.get_title():
-            panel.set_title(name.format(key))
+            panel.set_title(textwrap.fill(name.format(key), TITLE_WIDTH))
         legends.append(panel.get_legend_handles_labels())
     if all(labels == legends[0][1] for _, labels in legends):
         figure.legend(*legends[0], loc="outside lower center", ncols=4, fontsize="small", frameon=False)

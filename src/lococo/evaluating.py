@@ -167,7 +167,8 @@ def eval_needle(
 
     Args:
         data: One subfolder per domain, of .txt or .jsonl files with a `text` field.
-        compressor: Names to compare, one or more; the full cache is always measured with them.
+        compressor: Names to compare, one or more; the full cache is always measured with them, as far as its window
+            goes.
         num_slots: Entries that survive a compression, mean over the layers.
         chunk_size: Tokens per forward pass.
         lengths: Tokens of text, needle and question, one number or more.

@@ -32,7 +32,7 @@ def test_settings_take_turns_and_medians_are_reported(monkeypatch):
 
     bandwidths = iter([50e9, 20e9, 40e9])
     monkeypatch.setattr(measure, "measure_in_new_process", measured)
-    monkeypatch.setattr(measure, "_in_new_process", machine)
+    monkeypatch.setattr(measure, "in_new_process", machine)
     counted = []
     rows = measure.bench([Setting("full", 100), Setting("h2o", 100)], [7] * 100, repeats=3, progress=counted.append)
     assert order == ["machine", "full", "h2o"] * 3
@@ -77,7 +77,7 @@ def test_one_measurement(folder, compressor):
 
 
 def test_what_the_warm_up_read_is_given_back_before_memory_is_counted(folder, monkeypatch):
-    reset, held = measure._reset_peak, []
+    reset, held = measure.reset_peak, []
 
     def counted(device_type):
         held.extend(each for each in gc.get_objects() if type(each) is SlotCache)
@@ -85,7 +85,7 @@ def test_what_the_warm_up_read_is_given_back_before_memory_is_counted(folder, mo
 
     gc.collect()
     before = [each for each in gc.get_objects() if type(each) is SlotCache]
-    monkeypatch.setattr(measure, "_reset_peak", counted)
+    monkeypatch.setattr(measure, "reset_peak", counted)
     measure.measure(Setting("h2o", 100, num_slots=40, chunk_size=16, model=str(folder), decode_tokens=1), [1] * 100)
     assert len(held) <= len(before)
 
@@ -114,10 +114,10 @@ def test_exact_memory_reaches_the_allocator(monkeypatch):
 def test_the_peak_is_of_what_came_after_the_reset():
     if not sys.platform.startswith("linux"):
         pytest.skip("peaks are reset through Linux's /proc")
-    before = measure._reset_peak("cpu")
+    before = measure.reset_peak("cpu")
     block = torch.ones(64 << 20, dtype=torch.uint8)
     del block
-    assert 60 << 20 < measure._peak("cpu") - before < 100 << 20
+    assert 60 << 20 < measure.peak_memory("cpu") - before < 100 << 20
 
 
 def test_the_verb_leaves_out_what_is_not_installed(tmp_path, monkeypatch, capsys):

@@ -30,7 +30,7 @@ def test_kvpress_runs_in_its_own_environment_with_files_that_transformers_reads(
         asked.update(row, python=python)
         raise LococoError("enough")
 
-    monkeypatch.setattr(measure, "_in_new_process", run)
+    monkeypatch.setattr(measure, "in_new_process", run)
     with pytest.raises(LococoError, match="measuring kvpress-snapkv at 5 tokens failed: enough"):
         measure.measure_in_new_process(Setting("kvpress-snapkv", 5, model=str(tmp_path)), [1] * 5)
     assert asked["python"] == peers.python_of("kvpress")

@@ -51,6 +51,13 @@ def test_enough_slots_answer_as_the_full_cache(tokenizer, data):
     assert rows[0]["correct"] == rows[1]["correct"]
 
 
+def test_beyond_the_window_the_full_cache_is_left_out(tokenizer, tmp_path):
+    write(tmp_path / "books" / "long.txt", document(1100, 0))
+    options = {"data": tmp_path, "compressors": ["h2o"], "num_slots": 40, "chunk_size": 16}
+    rows = needle.evaluate(tiny(), tokenizer, lengths=[1017, 1018], trials=1, **options)
+    assert [(row["length"], row["compressor"]) for row in rows] == [(1017, "full"), (1017, "h2o"), (1018, "h2o")]
+
+
 def test_wilson():
     assert needle.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
 
@@ -60,7 +67,7 @@ def test_what_cannot_be_tried(tokenizer, data):
     with pytest.raises(ArgumentError, match="no room for a text"):
         needle.evaluate(tiny(), tokenizer, lengths=[20], trials=2, **options)
     with pytest.raises(ArgumentError, match="window of 1024"):
-        needle.evaluate(tiny(), tokenizer, lengths=[1024], trials=2, **options)
+        needle.evaluate(tiny(), tokenizer, lengths=[1024], trials=2, **options | {"compressors": ["full"]})
     with pytest.raises(DocumentError, match=r"texts of .* tokens for 500 trials"):
         needle.evaluate(tiny(), tokenizer, lengths=[120], trials=500, **options)
 

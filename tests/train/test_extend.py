@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import subprocess
@@ -9,13 +10,14 @@ import pytest
 import safetensors.torch
 import torch
 from families import tiny
-from one_extension import RECIPE, WORDS, corpus_in, llama, tuning, whole
+from one_extension import RECIPE, WORDS, Letters, corpus_in, llama, tuning, whole
 from transformers import DynamicCache
 
 import lococo
 from lococo.errors import ArgumentError, DocumentError, FileFormatError, TrainingError
 from lococo.train.extend import extend
 from lococo.train.extension import Extension
+from lococo.train.long_lessons import side_by_side
 from lococo.train.packing import packed_window
 from lococo.train.run import CHECKPOINT
 from lococo.tuned import ADAPTER, RECORD
@@ -159,6 +161,86 @@ def test_the_full_cache_has_the_exact_gradient(tmp_path):
     assert loss.item() == pytest.approx(once.item(), rel=1e-5)
     for name, parameter in training.trained.parameters.items():
         torch.testing.assert_close(chunked[name], parameter.grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("texts", [(WORDS,), (WORDS[:300], WORDS[500:570])], ids=["alike", "of documents that differ"])
+@pytest.mark.parametrize("compressor", ["fresh", "h2o", "full"])
+def test_windows_side_by_side_teach_what_they_teach_one_after_the_other(tmp_path, compressor, texts):
+    seen = {}
+    for options in ({"batch": 4, "accumulate": 1}, {"batch": 1, "accumulate": 4}):
+        corpus = corpus_in(tmp_path, *texts)
+        options |= {"compressor": compressor, "steps": 1, "short_documents": len(texts) > 1}
+        training, _ = tuning(tmp_path, corpus=corpus, **options)
+        rows = []
+        training.run(rows.append)
+        seen[options["batch"]] = rows[0], weights(training)
+    (together, after_together), (alone, after_alone) = seen[4], seen[1]
+    assert together["tokens"] == alone["tokens"] == 4 * 128
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-3)
+    if len(texts) == 1:  # else windows have fewer tokens that count, and each counts the same only where it is alone
+        assert together["loss"] == pytest.approx(alone["loss"], rel=1e-6)
+        # Adam's first step is of the same size whatever the gradient's, so one of almost nothing may turn around.
+        moved = [(after_together[name] - tensor).abs() > 1e-4 for name, tensor in after_alone.items()]
+        assert sum(part.sum().item() for part in moved) < 0.001 * sum(part.numel() for part in moved)
+
+
+def test_windows_are_side_by_side_where_their_documents_end_at_the_same_places():
+    a, b, c, d = [[1, 2, 3]], [[1], [2, 3]], [[4, 5, 6]], [[7], [8, 9]]
+    assert side_by_side([a, b, c, d]) == [[[1, 2, 3], [4, 5, 6]], [[1], [7]], [[2, 3], [8, 9]]]
+
+
+def test_a_step_is_taken_after_each_stretch_of_a_window(tmp_path):
+    # Of 127 predictions 64, 64 - 1 follow: the second chunk of stretch two ends where the window does.
+    training, _ = tuning(tmp_path, steps=4, stretches=2, compressions=1)
+    rows, after = [], []
+    training.run(lambda row: (rows.append(row), after.append(weights(training))))
+    assert [row["tokens"] for row in rows] == [64] * 4
+    assert all(row["loss"] > 0 for row in rows)
+    for one, other in itertools.pairwise(after):
+        assert any(not torch.equal(other[name], tensor) for name, tensor in one.items())
+    # The first step is that of the first half alone, and the second half goes on from its slots.
+    again, tuned = tuning(tmp_path, steps=4, stretches=2, compressions=1)
+    [piece] = packed_window(again.lessons.corpus, 0, 0, length=128, begin="random")
+    attached = lococo.attach(again.lessons.model, tuned.compressor, num_slots=24, chunk_size=16)
+    ids = torch.tensor([piece])
+    with attached as slots, torch.no_grad():
+        expected = nll(again.lessons.model(ids, past_key_values=slots.new_cache()).logits, ids)
+    assert rows[0]["loss"] == pytest.approx(expected[:72].sum().item() / 63.5, rel=1e-5)
+    assert rows[1]["loss"] == pytest.approx(expected[72:].sum().item() / 63.5, rel=0.05)
+    assert rows[1]["loss"] != pytest.approx(expected[72:].sum().item() / 63.5, rel=1e-5)
+
+
+def test_a_tuning_in_stretches_goes_on_at_the_end_of_a_window(tmp_path):
+    recipe = Extension(**RECIPE | {"steps": 6, "stretches": 2, "held_out_windows": 1})
+    source = tmp_path / "text"
+    corpus_in(source, WORDS, WORDS[::-1])
+
+    def run(target, after_step):
+        options = {"data": [str(source)], "save_every": 1, "say": lambda line: None, "after_step": after_step}
+        extend(llama(), Letters(), recipe, target, base=None, **options)
+        return safetensors.torch.load_file(target / ADAPTER)
+
+    def kill(row):
+        if row["step"] == 5:
+            raise KilledError
+
+    whole_run = run(tmp_path / "whole", lambda row: None)
+    with pytest.raises(KilledError):
+        run(tmp_path / "killed", kill)
+    steps = []
+    resumed = run(tmp_path / "killed", lambda row: steps.append(row["step"]))
+    assert steps == [5, 6]
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole_run.items())
+
+
+def test_what_cannot_be_read_in_stretches(tmp_path):
+    with pytest.raises(ArgumentError, match="multiple of the 3 stretches"):
+        Extension(**RECIPE | {"stretches": 3})
+    for options in ({"compressor": "full"}, {"compressions": 0}):
+        with pytest.raises(ArgumentError, match="in one stretch, got 2"):
+            Extension(**RECIPE | {"stretches": 2} | options)
+    with pytest.raises(ArgumentError, match="raise batch instead"):
+        tuning(tmp_path, stretches=2, accumulate=2)
 
 
 @pytest.mark.parametrize("compressor", ["h2o", "streaming-llm", "mass-merge", "full"])

@@ -80,7 +80,7 @@ def bench(
     for turn in range(repeats * len(settings)):
         which = turn % len(settings)
         if which == 0:
-            machines.append(_in_new_process("machine", {"dtype": settings[0].dtype, "device": settings[0].device}))
+            machines.append(in_new_process("machine", {"dtype": settings[0].dtype, "device": settings[0].device}))
         measured[which].append(measure_in_new_process(settings[which], ids))
         if progress is not None:
             progress(turn + 1)
@@ -137,12 +137,17 @@ def measure_in_new_process(setting: Setting, ids: Sequence[int]) -> Row:
         python, setting = python_of(peer.needs), replace(setting, model=files_of(setting.model))
     try:
         asked = {"setting": asdict(setting), "ids": list(ids)}
-        return _in_new_process("reading", asked, python=python, exact_memory=setting.exact_memory)
+        return in_new_process("reading", asked, python=python, exact_memory=setting.exact_memory)
     except LococoError as error:
         raise LococoError(f"measuring {setting.compressor} at {setting.length} tokens failed: {error}") from error
 
 
-def _in_new_process(what: str, asked: Row, *, python: Path | None = None, exact_memory: bool = False) -> Row:
+def in_new_process(what: str, asked: Row, *, python: Path | None = None, exact_memory: bool = False) -> Row:
+    """Run `main` in a fresh process, and return the figures that it prints.
+
+    Raises:
+        LococoError: If it fails; the message is the process's last line.
+    """
     # Read by glibc when a process starts: from this size on, memory is mapped piece by piece.
     exact = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)} if exact_memory else {}
     process = subprocess.run(
@@ -171,7 +176,7 @@ def measure(setting: Setting, ids: Sequence[int]) -> Row:
         reader.step(reader.read(ids[: setting.num_slots + 2 * setting.chunk_size]))
         reader.forget()
         gc.collect()
-        before = _reset_peak(reader.device_type)
+        before = reset_peak(reader.device_type)
         start = time.perf_counter()
         token = reader.read(ids)
         read = time.perf_counter()
@@ -180,7 +185,7 @@ def measure(setting: Setting, ids: Sequence[int]) -> Row:
             begun = time.perf_counter()
             token = reader.step(token)
             steps.append(time.perf_counter() - begun)
-        peak = _peak(reader.device_type) - before
+        peak = peak_memory(reader.device_type) - before
         kv_bytes, work = reader.kv_bytes(), reader.work(len(ids))
     return {
         "prefill_tokens_per_s": len(ids) / (read - start),
@@ -205,8 +210,8 @@ def prompt(model: str | None, length: int) -> list[int]:
     return list(itertools.islice(itertools.chain.from_iterable(pieces), length))
 
 
-def _reset_peak(device_type: str) -> int:
-    """Forget the memory peak so far; return the bytes held now."""
+def reset_peak(device_type: str) -> int:
+    """Forget the memory peak so far, see `peak_memory`; return the bytes held now."""
     if device_type == "cuda":
         import torch
 
@@ -219,10 +224,11 @@ def _reset_peak(device_type: str) -> int:
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")
     except OSError:
-        return _peak(device_type)
+        return peak_memory(device_type)
 
 
-def _peak(device_type: str) -> int:
+def peak_memory(device_type: str) -> int:
+    """Return the most bytes that were held at a time since `reset_peak`."""
     if device_type == "cuda":
         import torch
 
@@ -243,7 +249,14 @@ def _status(field: str) -> int:
 
 
 def main(what: str) -> None:
-    """Measure what standard input asks for, a reading or the machine, and print the figures as JSON."""
+    """Measure what standard input asks for, a reading, a step of tuning or the machine; print the figures as JSON."""
     asked = json.load(sys.stdin)
-    measured = machine(**asked) if what == "machine" else measure(Setting(**asked["setting"]), asked["ids"])
+    if what == "machine":
+        measured = machine(**asked)
+    elif what == "tuning":
+        from lococo.bench.tuning import step
+
+        measured = step(**asked)
+    else:
+        measured = measure(Setting(**asked["setting"]), asked["ids"])
     print(json.dumps(measured))

@@ -16,6 +16,7 @@ from lococo.attachment import Attachment, attach, window_of
 from lococo.corpora import domains, windows_of
 from lococo.errors import ArgumentError, DocumentError
 from lococo.eval.labels import check_labels, label
+from lococo.models import model_id
 from lococo.progress import Counted, beyond
 from lococo.reader import stream
 from lococo.results import Results, Row, key_of
@@ -67,7 +68,7 @@ def evaluate(
         model: Not attached.
         tokenizer: The model's.
         data: One subfolder per domain, see `corpora.domains`; the text that hides the needle.
-        compressors: Names; "full" always runs as well.
+        compressors: Names; "full" always runs as well, on texts that its window holds.
         num_slots: Mean over the layers.
         chunk_size: Tokens per forward pass.
         lengths: Tokens of text, needle and question.
@@ -77,29 +78,28 @@ def evaluate(
         progress: Called with the trials done and all there are.
 
     Returns:
-        One row per length and compressor: task, length, compressor, num_slots, chunk_size, trials, accuracy, its 95 %
+        One row per length and compressor: task, model, length, compressor, num_slots, chunk_size, trials, accuracy, its 95 %
         interval low and high, correct (1 or 0 per trial), by_depth (accuracy), and run, see `results`.
 
     Raises:
-        ArgumentError: If a length leaves no room for text or leaves the model's window.
+        ArgumentError: If a length leaves no room for text, or nothing that was named can read one.
         DocumentError: If the texts do not suffice.
     """
-    limit = window_of(model)
-    if limit is not None and max(lengths) + DIGITS + 2 > limit:
-        raise ArgumentError(f"texts of {max(lengths)} tokens leave the full cache's window of {limit}; lower --lengths")
     if trials < 1:
         raise ArgumentError(f"trials must be at least 1, got {trials}")
     names = ["full", *(name for name in dict.fromkeys(compressors) if name != "full")]
     check_labels(names)
+    readers = {length: _readers(model, names, length) for length in lengths}
     attached = {name: attach(model, name, num_slots=num_slots, chunk_size=chunk_size) for name in names}
     made = {length: make_trials(tokenizer, data, length, trials, seed) for length in lengths}
     results = Results() if results is None else results
-    total, done = len(lengths) * len(names) * trials, 0
+    total, done = sum(map(len, readers.values())) * trials, 0
     rows: list[Row] = []
     for length, same in made.items():
-        for name in names:
+        for name in readers[length]:
             settings = {
                 "task": "needle",
+                "model": model_id(model),
                 "length": length,
                 "compressor": label(name),
                 "num_slots": num_slots,
@@ -111,6 +111,18 @@ def evaluate(
             rows.append(results.measured(settings, measure, of=attached[name].fingerprint() + texts))
             done += trials
     return rows
+
+
+def _readers(model: PreTrainedModel, names: list[str], length: int) -> list[str]:
+    """Return those that can read a text of so many tokens and answer: all, but for "full" beyond the window."""
+    limit = window_of(model)
+    if limit is None or length + DIGITS + 2 <= limit:
+        return names
+    if names == ["full"]:
+        raise ArgumentError(
+            f"texts of {length} tokens leave the full cache's window of {limit}; lower --lengths, or name a compressor"
+        )
+    return [name for name in names if name != "full"]
 
 
 def _measured(

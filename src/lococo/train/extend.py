@@ -66,7 +66,7 @@ def extend(
     checkpoint, described = output / CHECKPOINT, base_of(model, base)
     training, tuning = tuning_of(placed(model), corpus, recipe)
     output.mkdir(parents=True, exist_ok=True)
-    apart_lessons = LongLessons(model, tuning.compressor, held_out, recipe)
+    apart_lessons = LongLessons(model, tuning.compressor, held_out, replace(recipe, batch=1))
     if checkpoint.exists():
         training.load(checkpoint)
         say(f"going on after step {training.step} of {recipe.steps}")
@@ -126,7 +126,7 @@ def _measured(training: Training, lessons: LongLessons, recipe: Extension) -> di
     if not recipe.held_out_windows:
         return {}
     # From the beginning, whatever is trained on: what a reader of whole documents will see.
-    whole = replace(lessons, recipe=replace(recipe, begin="beginning"))
+    whole = replace(lessons, recipe=replace(lessons.recipe, begin="beginning"))
     return training.evaluate(whole, recipe.held_out_windows)
 
 

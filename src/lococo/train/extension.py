@@ -21,7 +21,10 @@ class Extension:
         chunk_size: Tokens per forward pass.
         length: Tokens of a window, a multiple of chunk_size.
         steps: Optimiser steps.
-        accumulate: Windows per step, over all processes.
+        batch: Windows that are read side by side, which is faster on a GPU; one whose documents end elsewhere than the
+            others' is read after them.
+        accumulate: Batches per step, over all processes.
+        stretches: Parts of a window, after each of which a step is taken; the next goes on from the slots that it left.
         compressions: How many compressions back the gradient reaches; memory grows with it, but not with length.
             0: all of the window.
         heads_learning_rate: Of the heads, at its highest; it falls to 0; 0: they stay as they are.
@@ -48,7 +51,9 @@ class Extension:
     chunk_size: int = 256
     length: int = 32768
     steps: int = 1000
+    batch: int = 1
     accumulate: int = 1
+    stretches: int = 1
     compressions: int = 1
     heads_learning_rate: float = 1e-3
     lora_learning_rate: float = 2e-4
@@ -69,7 +74,8 @@ class Extension:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
-        for name in ("num_slots", "chunk_size", "length", "steps", "accumulate", "lora_rank", "lora_alpha"):
+        counts = ("num_slots", "chunk_size", "length", "steps", "batch", "accumulate", "stretches")
+        for name in (*counts, "lora_rank", "lora_alpha"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"expected {name} to be at least 1, got {getattr(self, name)}")
         rates = [name for name in vars(self) if name.endswith("learning_rate")]
@@ -87,6 +93,15 @@ class Extension:
             raise ArgumentError(
                 f"windows of {self.length} tokens hold no two chunks of {self.chunk_size} beyond {self.num_slots} "
                 f"slots; raise length to {-(-least // self.chunk_size) * self.chunk_size} or more"
+            )
+        if self.steps % self.stretches:
+            raise ArgumentError(
+                f"expected steps that are a multiple of the {self.stretches} stretches of a window, got {self.steps}"
+            )
+        if self.stretches > 1 and (self.compressor == FULL or not self.compressions):
+            raise ArgumentError(
+                f"windows whose gradient is whole are read in one stretch, got {self.stretches}; set stretches to 1, "
+                "and raise accumulate for full"
             )
         if not self.lora_targets:
             raise ArgumentError("expected at least one name in lora_targets; to leave LoRA out, set its rate to 0")

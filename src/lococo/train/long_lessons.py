@@ -1,6 +1,6 @@
 """What a model and its heads learn far beyond the window from: the text itself, every token of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -41,29 +41,47 @@ class LongLessons:
 
     @contextmanager
     def lesson(self, seed: int, number: int, num_slots: int) -> Iterator[Lesson]:
-        """Open a window; see `Lessons`. Every token but the first of each document counts."""
+        """Open a batch of windows; see `Lessons`. Every token but the first of each document counts."""
         recipe = self.recipe
-        pieces = packed_window(self.corpus, seed, number, length=recipe.length, begin=recipe.begin)
+        numbers = range(number * recipe.batch, (number + 1) * recipe.batch)
+        windows = [packed_window(self.corpus, seed, n, length=recipe.length, begin=recipe.begin) for n in numbers]
+        pieces = side_by_side(windows)
         with attach(self.model, self.compressor, num_slots=num_slots, chunk_size=recipe.chunk_size) as slots:
             reading = _Reading(self.model, slots, recipe.chunk_size)
             # The full cache has no gradient that could be cut off: whatever is read attends to all before it.
             compressions = 0 if slots.compressor is None else recipe.compressions
-            tokens = sum(map(len, pieces))
-            yield Lesson(reading.losses(pieces), tokens, tokens - len(pieces), reading.cut, compressions)
+            tokens = sum(len(piece) for window in windows for piece in window)
+            counted = tokens - sum(map(len, windows))
+            yield Lesson(reading.losses(pieces), tokens, counted, reading.cut, compressions)
+
+
+def side_by_side(windows: Iterable[list[list[int]]]) -> list[list[list[int]]]:
+    """Put windows whose documents end at the same places into rows beside each other.
+
+    Args:
+        windows: Token ids of each piece, see `packed_window`.
+
+    Returns:
+        The pieces one after the other, each with the token ids of its rows.
+    """
+    alike: dict[tuple[int, ...], list[list[list[int]]]] = {}
+    for window in windows:
+        alike.setdefault(tuple(map(len, window)), []).append(window)
+    return [list(rows) for same in alike.values() for rows in zip(*same, strict=True)]
 
 
 class _Reading:
-    """One window while it is read: a cache for each document."""
+    """Windows while they are read: a cache for each document, or for several side by side."""
 
     def __init__(self, model: PreTrainedModel, slots: Attachment, chunk_size: int) -> None:
         self.model, self.slots, self.chunk_size = model, slots, chunk_size
         self.cache: Cache | None = None
 
-    def losses(self, pieces: list[list[int]]) -> Iterator[tuple[Tensor, int]]:
-        for piece in pieces:
-            ids = torch.tensor([piece], device=self.model.device)
+    def losses(self, pieces: list[list[list[int]]]) -> Iterator[tuple[Tensor, int]]:
+        for rows in pieces:
+            ids = torch.tensor(rows, device=self.model.device)
             self.cache = self.slots.new_cache()
-            foretelling = torch.arange(len(piece) - 1, device=ids.device)
+            foretelling = torch.arange(ids.shape[1] - 1, device=ids.device)
             yield from next_token_losses(self.model, ids, self.cache, foretelling, chunk_size=self.chunk_size)
 
     def cut(self) -> None:

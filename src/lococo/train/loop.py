@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -41,6 +41,11 @@ class Schedule(Protocol):
         ...
 
     @property
+    def stretches(self) -> int:
+        """Parts of a window, after each of which a step is taken."""
+        ...
+
+    @property
     def warm_up(self) -> int:
         """Steps over which the learning rates rise."""
         ...
@@ -64,13 +69,18 @@ class Training:
             made_with: What a checkpoint must have been made with for this training to go on from it.
 
         Raises:
-            ArgumentError: If the windows of a step cannot be shared by the processes.
+            ArgumentError: If the windows of a step cannot be shared by the processes, or not read in stretches.
         """
         self.accelerator = Accelerator()
         if schedule.accumulate % (processes := self.accelerator.num_processes):
             raise ArgumentError(
                 f"{schedule.accumulate} windows per step cannot be shared by {processes} processes; "
                 "set accumulate to a multiple of them"
+            )
+        if schedule.stretches > 1 and schedule.accumulate > processes:
+            raise ArgumentError(
+                f"windows read in {schedule.stretches} stretches cannot take turns, got accumulate "
+                f"{schedule.accumulate} for {processes} process{'es' * (processes > 1)}; raise batch instead"
             )
         self.lessons, self.trained, self.schedule = lessons, trained, schedule
         self.device = lessons.model.device
@@ -91,12 +101,13 @@ class Training:
         """
         while self.step < self.schedule.steps:
             start = time.perf_counter()
-            row = self._one_step()
-            self.step += 1
-            seconds = time.perf_counter() - start
-            self.notes["seconds"] += seconds
-            self.notes["tokens"] += row["tokens"]
-            after_step({**row, "step": self.step, "tokens_per_second": row["tokens"] / seconds})
+            for row in self._steps():
+                self.step += 1
+                seconds = time.perf_counter() - start
+                self.notes["seconds"] += seconds
+                self.notes["tokens"] += row["tokens"]
+                after_step({**row, "step": self.step, "tokens_per_second": row["tokens"] / seconds})
+                start = time.perf_counter()
 
     def run_saving(
         self, file: Path, held_out: Lessons, windows: int, *, save_every: int, after_step: Callable[[Row], None]
@@ -107,13 +118,14 @@ class Training:
             file: Of the checkpoint.
             held_out: Text that was kept apart.
             windows: Of it that are measured, at the smallest number of slots; 0: none.
-            save_every: Steps between checkpoints.
+            save_every: Steps between checkpoints; there are none within a window.
             after_step: See `run`; every `save_every` steps and at the last with held_out, the loss on that text.
 
         Raises:
             TrainingError: See `run`.
         """
         fewest = min(self.lessons.turns)
+        save_every = math.ceil(save_every / self.schedule.stretches) * self.schedule.stretches
 
         def kept(row: Row) -> None:
             if row["step"] % save_every == 0 or row["step"] == self.schedule.steps:
@@ -137,38 +149,65 @@ class Training:
             for slots in sorted(set(num_slots or lessons.turns))
         }
 
-    def _one_step(self) -> Row:
-        schedule, processes = self.schedule, self.accelerator.num_processes
+    def _steps(self) -> Iterator[Row]:
+        """Take the next step, or those of a window that is read in stretches."""
         num_slots = self.lessons.turns[self.step % len(self.lessons.turns)]
-        loss, tokens = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for number in range(self.accelerator.process_index, schedule.accumulate, processes):
-            window = self.step * schedule.accumulate + number
-            mean, count = self._window(self.lessons, schedule.seed, window, num_slots)
-            loss += mean / schedule.accumulate
-            tokens += count
-        loss, tokens = self.accelerator.reduce(torch.stack([loss, tokens]), "sum")
-        self._update(loss)
-        return {"num_slots": num_slots, "loss": loss.item(), "tokens": int(tokens)}
+        for mean, count in self._readings(num_slots):
+            both = torch.tensor([mean, count], dtype=torch.float64, device=self.device)
+            loss, tokens = self.accelerator.reduce(both, "sum")
+            self._update(loss)
+            yield {"num_slots": num_slots, "loss": loss.item(), "tokens": int(tokens)}
+
+    def _readings(self, num_slots: int) -> Iterator[tuple[float, float]]:
+        """Read this process's windows; whenever a step is due, yield the share of its loss and its tokens."""
+        schedule, processes = self.schedule, self.accelerator.num_processes
+        first = self.step // schedule.stretches * schedule.accumulate
+        windows = range(first + self.accelerator.process_index, first + schedule.accumulate, processes)
+        if schedule.stretches == 1:
+            read = [self._window(self.lessons, schedule.seed, window, num_slots) for window in windows]
+            yield sum(mean / schedule.accumulate for mean, _ in read), sum(count for _, count in read)
+            return
+        with self.lessons.lesson(schedule.seed, windows[0], num_slots) as lesson:
+            left, tokens = lesson.counted, lesson.tokens / schedule.stretches
+            for parts in range(schedule.stretches, 0, -1):
+                mean, counted = self._through(lesson, 1 / schedule.stretches, left / parts)
+                left -= counted
+                if parts > 1:
+                    yield mean / schedule.accumulate, tokens
+        yield mean / schedule.accumulate, tokens  # when the model is free for a look at other text
 
     def _window(self, lessons: Lessons, seed: int, number: int, num_slots: int) -> tuple[float, int]:
         """Read a window, add its gradient unless gradients are switched off; return its loss per token, and tokens."""
         with lessons.lesson(seed, number, num_slots) as lesson:
-            return self._through(lesson), lesson.tokens
+            return self._through(lesson)[0], lesson.tokens
 
-    def _through(self, lesson: Lesson) -> float:
-        """Send the gradients of a window's chunks back; return its loss per token."""
-        weight = lesson.weight / (lesson.counted * self.schedule.accumulate)
-        total, waiting, chunks = 0.0, torch.zeros((), device=self.device), 0
-        for loss, _ in lesson.losses:
-            total += loss.item() / lesson.counted
-            waiting, chunks = waiting + loss * weight, chunks + 1
+    def _through(self, lesson: Lesson, share: float = 1.0, most: float = math.inf) -> tuple[float, int]:
+        """Read on in a window, and send the gradients of its chunks back.
+
+        Args:
+            lesson: What is read.
+            share: Of the predictions that count, for which the loss is an average.
+            most: Predictions that count after which to stop.
+
+        Returns:
+            The loss per token, and how many predictions counted.
+        """
+        expected = lesson.counted * share
+        weight = lesson.weight / (expected * self.schedule.accumulate)
+        total, counted, waiting, chunks = 0.0, 0, torch.zeros((), device=self.device), 0
+        for loss, count in lesson.losses:
+            total += loss.item() / expected
+            waiting, chunks, counted = waiting + loss * weight, chunks + 1, counted + count
             if chunks == lesson.compressions and waiting.requires_grad:
                 waiting.backward()
                 lesson.cut()
                 waiting, chunks = torch.zeros_like(waiting), 0
+            if counted >= most:
+                break
         if waiting.requires_grad:
             waiting.backward()
-        return total
+            lesson.cut()
+        return total, counted
 
     def _update(self, loss: Tensor) -> None:
         gradients = self.trained.gradients()

@@ -76,6 +76,11 @@ class Recipe:
     compressions: int = 0
     seed: int = 0
 
+    @property
+    def stretches(self) -> int:
+        """A step is taken after whole windows: heads learn from the windows that they are compared in."""
+        return 1
+
     def __post_init__(self) -> None:
         check_kinds(self)
         object.__setattr__(self, "num_slots", tuple(self.num_slots))

@@ -1,0 +1,157 @@
+"""Memory and time of one step of tuning by the length of its window; with slots memory and time per token stay.
+
+    python -m lococo.bench.tuning texts tuning.jsonl --lengths [8192,16384,32768,65536] --compressor [auto,full]
+
+Each step runs in a process of its own. The full cache reads its window in one forward pass, which is how one tunes
+without slots. Figures come as JSON, one object per line.
+"""
+
+import contextlib
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from lococo.bench.measure import in_new_process, peak_memory, reset_peak
+from lococo.errors import ArgumentError, LococoError
+from lococo.files import output_file
+from lococo.results import Results, results_file
+from lococo.train.extension import FULL, Extension
+
+Row = dict[str, Any]
+
+FIGURES = ("peak_memory_bytes", "seconds")
+
+
+def step(recipe: Row, data: str, model: str | None, dtype: str, device: str | None) -> Row:
+    """Take one step, after a shorter one that made all that stays, and return the figures.
+
+    Memory is the peak minus what weights, gradients and Adam's moments held before; `measure.measure` says of what.
+
+    Args:
+        recipe: Fields of `Extension`; length is that of the window.
+        data: Text, with a document that is as long.
+        model: See `load_model`.
+        dtype: Of the weights.
+        device: Of the weights.
+    """
+    import torch
+
+    from lococo.models import load_model
+    from lococo.train.data import corpus_of
+    from lococo.train.extend import tuning_of
+    from lococo.train.long_lessons import LongLessons
+
+    asked = Extension(**recipe, steps=2)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device)
+    corpus, _ = corpus_of([data], tokenizer, documents=1, seed=asked.seed)
+    chunk = min(asked.chunk_size, 256)
+    short = replace(asked, chunk_size=chunk, length=-(-asked.num_slots // chunk) * chunk + 2 * chunk)
+    training, tuning = tuning_of(loaded, corpus, replace(short, rope="none"))
+    one_step(training.run, stop_after=1)
+    training.lessons = LongLessons(loaded, tuning.compressor, corpus, asked)
+    gc.collect()
+    kind = loaded.device.type
+    before, start = reset_peak(kind), time.perf_counter()
+    one_step(training.run, stop_after=2)
+    if kind == "cuda":
+        torch.cuda.synchronize()
+    return {"peak_memory_bytes": peak_memory(kind) - before, "seconds": time.perf_counter() - start}
+
+
+def one_step(run: Callable[[Callable[[Row], None]], None], *, stop_after: int) -> None:
+    """Run a training until so many steps are done."""
+
+    def after_step(row: Row) -> None:
+        if row["step"] == stop_after:
+            raise StopIteration
+
+    with contextlib.suppress(StopIteration):
+        run(after_step)
+
+
+def measured(
+    *,
+    data: str,
+    lengths: Sequence[int],
+    compressor: Sequence[str],
+    num_slots: int,
+    chunk_size: int,
+    compressions: int,
+    model: str | None,
+    dtype: str,
+    device: str | None,
+    results: Results,
+) -> None:
+    """Measure every length with every compressor; see `main`. What fails, for want of memory say, is a row as well."""
+    for length in lengths:
+        for name in compressor:
+            recipe = Extension(
+                compressor=name,
+                num_slots=num_slots,
+                chunk_size=length if name == FULL else chunk_size,
+                length=length,
+                compressions=compressions,
+            )
+            row = {"task": "tuning-memory", "compressor": name, "length": length, "num_slots": num_slots}
+            row |= {"chunk_size": recipe.chunk_size, "dtype": dtype, "device": device or "cpu"}
+            fields = ("compressor", "num_slots", "chunk_size", "length", "compressions")
+            asked = {"recipe": {field: getattr(recipe, field) for field in fields}}
+            asked |= {"data": data, "model": model, "dtype": dtype, "device": device}
+            try:
+                row |= in_new_process("tuning", asked)
+            except LococoError as error:
+                row |= dict.fromkeys(FIGURES) | {"failed": str(error)[:200]}
+            results.add(row)
+            print(row, flush=True)
+
+
+def main(
+    data: str,
+    json: str,
+    lengths: tuple[int, ...] = (8192, 16384, 32768, 65536),
+    compressor: tuple[str, ...] = ("auto", FULL),
+    num_slots: int = 512,
+    chunk_size: int = 256,
+    compressions: int = 2,
+    model: str | None = None,
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    device: str | None = None,
+) -> None:
+    """Measure memory and time of one step of tuning at each length.
+
+    Args:
+        data: Folder of text, see `lococo extend`, with a document as long as the largest length.
+        json: File for the figures, one JSON object per line.
+        lengths: Tokens of a window, one number or more.
+        compressor: auto, full, or others that `lococo extend` takes.
+        num_slots: Mean slots per layer.
+        chunk_size: Tokens per forward pass, but for full.
+        compressions: How many compressions back the gradient reaches.
+        model: A hub id, a folder or a GGUF file; the embedded default by default.
+        dtype: Floating-point type of the weights.
+        device: Where to compute; the CPU by default.
+    """
+    if not lengths or not compressor:
+        raise ArgumentError("expected lengths and compressors, one or more of each")
+    with results_file(output_file(json)) as results:
+        measured(
+            data=str(Path(data).expanduser()),
+            lengths=lengths,
+            compressor=compressor,
+            num_slots=num_slots,
+            chunk_size=chunk_size,
+            compressions=compressions,
+            model=model,
+            dtype=dtype,
+            device=device,
+            results=results,
+        )
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    auto_cli(main)

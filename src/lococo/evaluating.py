@@ -93,6 +93,7 @@ def eval_positions(
     num_slots: int = 512,
     chunk_size: int = 256,
     max_documents: int = 4,
+    batch: int = 1,
     models: tuple[str, ...] = (),
     json: str,
     plot: str | None = None,
@@ -110,6 +111,7 @@ def eval_positions(
         num_slots: Entries that survive a compression, mean over the layers.
         chunk_size: Tokens per forward pass.
         max_documents: Documents per domain, the first of those that are as long as the largest length.
+        batch: Documents of the same length to read side by side, which is faster on a GPU.
         models: More models to read the same documents, one after the other.
         json: File for the results, one JSON object per line; replaced once all are there; run again, an
             interrupted measurement goes on.
@@ -118,7 +120,8 @@ def eval_positions(
         model: Which model reads.
     """
     check_named(lengths=lengths, compressor=compressor)
-    check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, max_documents=max_documents, lengths=min(lengths))
+    check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, max_documents=max_documents, batch=batch)
+    check_at_least_one(lengths=min(lengths))
     target, texts = _texts_of(data, json)
     picture = plot_file(plot)
     from rich.console import Console
@@ -140,6 +143,7 @@ def eval_positions(
                 chunk_size=chunk_size,
                 lengths=lengths,
                 max_documents=max_documents,
+                batch=batch,
                 positions=positions,
                 results=results,
                 progress=progress,
@@ -159,6 +163,7 @@ def eval_needle(
     chunk_size: int = 256,
     lengths: list[int],
     trials: int = 50,
+    batch: int = 1,
     seed: int = 0,
     json: str,
     model: ModelOptions,
@@ -173,13 +178,14 @@ def eval_needle(
         chunk_size: Tokens per forward pass.
         lengths: Tokens of text, needle and question, one number or more.
         trials: Texts per length; ten depths take turns.
+        batch: Texts to read into slots side by side, which is faster on a GPU.
         seed: Of keys and numbers.
         json: File for the results, one JSON object per line; replaced once all are there; run again, an
             interrupted measurement goes on.
         model: Which model reads.
     """
     check_named(lengths=lengths, compressor=compressor)
-    check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, trials=trials, lengths=min(lengths))
+    check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, trials=trials, batch=batch, lengths=min(lengths))
     target = output_of_texts(data, json)
     from rich.console import Console
 
@@ -198,6 +204,7 @@ def eval_needle(
             chunk_size=chunk_size,
             lengths=lengths,
             trials=trials,
+            batch=batch,
             seed=seed,
             results=results,
             progress=progress,

@@ -58,6 +58,18 @@ def test_beyond_the_window_the_full_cache_is_left_out(tokenizer, tmp_path):
     assert [(row["length"], row["compressor"]) for row in rows] == [(1017, "full"), (1017, "h2o"), (1018, "h2o")]
 
 
+def test_texts_side_by_side_are_answered_as_alone(tokenizer, data, monkeypatch):
+    said = []
+    own = needle.stream
+    monkeypatch.setattr(needle, "stream", lambda *a, **o: said.append(list(own(*a, **o))) or said[-1])
+    for batch in (1, 3):
+        options = {"num_slots": 40, "chunk_size": 16, "lengths": [120], "trials": 4, "batch": batch}
+        needle.evaluate(tiny(), tokenizer, data=data, compressors=["mass-merge"], **options)
+    assert len(said) == 16
+    assert said[:8] == said[8:]
+    assert len({tuple(answer) for answer in said[:8]}) > 4
+
+
 def test_wilson():
     assert needle.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
 

@@ -58,6 +58,19 @@ def test_every_part_is_the_mean_of_its_tokens(tokenizer, data, compressor):
     assert rows[1]["low"] <= rows[1]["nll"] <= rows[1]["high"]
 
 
+@pytest.mark.parametrize("compressor", ["full", "mass-merge"])
+def test_documents_side_by_side_are_scored_as_alone(tokenizer, tmp_path, compressor):
+    for number, length in enumerate((450, 500, 230, 520)):
+        (tmp_path / "books").mkdir(exist_ok=True)
+        (tmp_path / "books" / f"{number}.txt").write_text(" ".join(f"w{i}" for i in document(length, number)))
+    options = OPTIONS | {"data": tmp_path, "compressors": [compressor]}
+    alone, together = (evaluate(tiny(), tokenizer, batch=batch, **options) for batch in (1, 2))
+    assert [row["document"] for row in together] == [row["document"] for row in alone] == [0, 1, 2, 3]
+    for one, other in zip(alone, together, strict=True):
+        assert [part["nll"] for part in one["parts"]] == pytest.approx([p["nll"] for p in other["parts"]], rel=1e-5)
+        assert one["parts"][-1]["tokens"] == other["parts"][-1]["tokens"]
+
+
 def test_slots_read_on_where_the_full_cache_ends(tokenizer, tmp_path):
     (tmp_path / "web").mkdir()
     (tmp_path / "web" / "a.txt").write_text(" ".join(f"w{i}" for i in document(2 * WINDOW, 0)))

@@ -4,7 +4,7 @@ The full cache has no say where it cannot read, so nothing is held against it: e
 on the same documents, from their beginning on.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, pairwise
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lococo.attachment import Attachment, attach, window_of
@@ -54,6 +55,7 @@ def evaluate(
     chunk_size: int = 256,
     lengths: Sequence[int],
     max_documents: int = 4,
+    batch: int = 1,
     positions: Positions = "packed",
     results: Results | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -71,6 +73,7 @@ def evaluate(
         chunk_size: Tokens per forward pass.
         lengths: Where parts of a text end, in tokens. A part counts in documents that are at least as long as it ends.
         max_documents: Per domain, those first that come first.
+        batch: Documents of the same length that are read side by side, which is faster on a GPU.
         positions: See `attach`.
         results: Where rows go as they are done; those that it holds already are not measured again.
         progress: Called with tokens read and all there are.
@@ -96,27 +99,28 @@ def evaluate(
     results, window = Results() if results is None else results, window_of(model)
     total, done = sum(len(document.ids) for document in corpus) * len(attached), 0
     rows: list[Row] = []
-    for document in corpus:
+    for together in _side_by_side(corpus, batch):
         for name, attachment in attached.items():
             unread = attachment.compressor is None or positions == "original"
-            most = window if unread and window is not None else len(document.ids)
-            parts = [end for end in ends if end <= min(most, len(document.ids))]
-            settings = {
-                "task": "positions",
-                "model": model_id(model),
-                "domain": document.domain,
-                "document": document.number,
-                "compressor": label(name),
-                "num_slots": None if attachment.compressor is None else num_slots,
-                "chunk_size": chunk_size,
-                "positions": positions,
-            }
-            done += len(document.ids)
+            most = window if unread and window is not None else len(together[0].ids)
+            parts = [end for end in ends if end <= min(most, len(together[0].ids))]
+            done += sum(len(document.ids) for document in together)
             if not parts:
                 continue
-            key = attachment.fingerprint() + key_of({"ends": parts, "ids": document.ids[: parts[-1]]})
-            measure = partial(_measured, model, attachment, document.ids, parts)
-            rows.append(results.measured(settings, measure, of=key))
+            reading = _Reading(model, attachment, together, parts)
+            for row, document in enumerate(together):
+                settings = {
+                    "task": "positions",
+                    "model": model_id(model),
+                    "domain": document.domain,
+                    "document": document.number,
+                    "compressor": label(name),
+                    "num_slots": None if attachment.compressor is None else num_slots,
+                    "chunk_size": chunk_size,
+                    "positions": positions,
+                }
+                key = attachment.fingerprint() + key_of({"ends": parts, "ids": document.ids[: parts[-1]]})
+                rows.append(results.measured(settings, partial(reading.of, row), of=key))
             if progress is not None:
                 progress(done, total)
     return rows
@@ -156,16 +160,37 @@ def documents_of(
     return found
 
 
-def _measured(model: PreTrainedModel, attachment: Attachment, ids: list[int], ends: list[int]) -> Row:
-    """Read a document as far as the last end, and sum up its parts."""
-    with attachment:
-        scores = score(model, torch.tensor([ids[: ends[-1]]]), attachment.new_cache())[0].double()
-    parts = []
-    for begin, end in pairwise([0, *ends]):
-        # Score n is of token n + 1, since the first token is not foreseen.
-        own = scores[max(0, begin - 1) : end - 1]
-        parts.append({"begin": begin, "length": end, "tokens": len(own), "nll": -own.mean().item()})
-    return {"parts": parts}
+def _side_by_side(corpus: Sequence[Document], batch: int) -> Iterator[list[Document]]:
+    """Yield documents of the same length together, at most so many, in their order."""
+    by_length: dict[int, list[Document]] = {}
+    for document in corpus:
+        by_length.setdefault(len(document.ids), []).append(document)
+    for same in by_length.values():
+        for start in range(0, len(same), batch):
+            yield same[start : start + batch]
+
+
+class _Reading:
+    """Documents read side by side as far as the last end, once one of them is asked for."""
+
+    def __init__(
+        self, model: PreTrainedModel, attachment: Attachment, documents: Sequence[Document], ends: list[int]
+    ) -> None:
+        self.model, self.attachment, self.ends = model, attachment, ends
+        self.ids = [document.ids[: ends[-1]] for document in documents]
+        self.scores: Tensor | None = None
+
+    def of(self, row: int) -> Row:
+        """Return the parts of one document."""
+        if self.scores is None:
+            with self.attachment:
+                self.scores = score(self.model, torch.tensor(self.ids), self.attachment.new_cache()).double()
+        parts = []
+        for begin, end in pairwise([0, *self.ends]):
+            # Score n is of token n + 1, since the first token is not foreseen.
+            own = self.scores[row, max(0, begin - 1) : end - 1]
+            parts.append({"begin": begin, "length": end, "tokens": len(own), "nll": -own.mean().item()})
+        return {"parts": parts}
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:

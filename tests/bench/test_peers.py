@@ -1,7 +1,10 @@
 import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+from families import tiny
+from transformers import AutoModelForCausalLM
 
 from lococo.bench import measure, peers
 from lococo.bench.peers import PEERS
@@ -35,6 +38,36 @@ def test_kvpress_runs_in_its_own_environment_with_files_that_transformers_reads(
         measure.measure_in_new_process(Setting("kvpress-snapkv", 5, model=str(tmp_path)), [1] * 5)
     assert asked["python"] == peers.python_of("kvpress")
     assert asked["setting"]["model"] == str(tmp_path)
+
+
+@contextmanager
+def dropping(model, share):
+    """Do what a press does to the cache: drop a share of its entries once the prompt is read."""
+
+    def drop(module, args, kwargs, output):
+        cache = kwargs["past_key_values"]
+        cache.crop(-round(cache.get_seq_length() * share))
+
+    with model.register_forward_hook(drop, with_kwargs=True):
+        yield
+
+
+def test_kvpress_goes_on_after_the_prompt_and_not_after_the_entries_that_are_left(monkeypatch):
+    model, places = tiny(), []
+    seen = model.register_forward_pre_hook(
+        lambda module, args, kwargs: places.append(kwargs["position_ids"].tolist()), with_kwargs=True
+    )
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, dtype: model)
+    module = SimpleNamespace(SnapKVPress=lambda compression_ratio: lambda model: dropping(model, compression_ratio))
+    monkeypatch.setitem(sys.modules, "kvpress", module)
+    setting = Setting("kvpress-snapkv", 8, num_slots=2, model="a folder")
+    with seen, PEERS["kvpress-snapkv"].opened(setting) as reader:
+        for _ in range(2):
+            follows = reader.read(list(range(8)))
+            assert reader.cache.get_seq_length() == 2
+            reader.step(reader.step(follows))
+            assert reader.cache.get_seq_length() == 4
+    assert places == 2 * [[list(range(8))], [[8]], [[9]]]
 
 
 class FakeLlama:

@@ -68,7 +68,16 @@ def _kvpress(setting: Setting, press: str) -> Iterator[Reader]:
         model = model.to(setting.device)
 
     class Pressed(Transformers):
+        length = 0
+
+        def inputs(self, ids: Sequence[int]) -> dict[str, Any]:
+            # With their places: transformers would count the entries, most of which are gone after the prompt.
+            places = torch.arange(self.length, self.length + len(ids), device=self.model.device)
+            self.length += len(ids)
+            return super().inputs(ids) | {"position_ids": places[None]}
+
         def read(self, ids: Sequence[int]) -> int:
+            self.length = 0
             share = max(0.0, 1 - setting.num_slots / len(ids))
             with getattr(kvpress, press)(compression_ratio=share)(self.model):
                 return super().read(ids)

@@ -108,11 +108,14 @@ class Transformers:
         self.cache = None
 
     def _forward(self, ids: Sequence[int]) -> int:
+        output = self.model(**self.inputs(ids), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        return int(output.logits[0, -1].argmax())
+
+    def inputs(self, ids: Sequence[int]) -> dict[str, Any]:
+        """Return what the model is told of the tokens that follow."""
         import torch
 
-        rows = torch.tensor([list(ids)], device=self.model.device)
-        output = self.model(input_ids=rows, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return int(output.logits[0, -1].argmax())
+        return {"input_ids": torch.tensor([list(ids)], device=self.model.device)}
 
     def attended(self, length: int) -> float:
         """Return how many entries a prompt's tokens attend to, on average."""

@@ -153,14 +153,14 @@ def _measured(
 
 def _read(model: PreTrainedModel, attachment: Attachment, trials: Sequence[Trial]) -> Iterator[tuple[Tensor, Cache]]:
     """Yield, for each trial, what is left to read and the cache to read it into."""
-    ids = torch.tensor([trial.ids for trial in trials])
     cache = attachment.new_cache()
     if len(trials) == 1 or not isinstance(cache, SlotCache):
-        yield ids, cache
+        yield torch.tensor([trials[0].ids]), cache
         return
-    prefill(model, ids[:, :-1], cache)
-    for row in range(len(trials)):
-        yield ids[row : row + 1, -1:], taken(cache, [row])
+    together = min(len(trial.ids) for trial in trials) - 1
+    prefill(model, torch.tensor([trial.ids[:together] for trial in trials]), cache)
+    for row, trial in enumerate(trials):
+        yield torch.tensor([trial.ids[together:]]), taken(cache, [row])
 
 
 def make_trials(tokenizer: PreTrainedTokenizerBase, data: Path, length: int, trials: int, seed: int = 0) -> list[Trial]:

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from lococo import kernels
 from lococo.cache import SlotCache
 from lococo.probe import attention_function
 from lococo.slot_layer import SlotLayer
-from lococo.steps import StepCache
+from lococo.steps import StepCache, StepLayer
 
 PREFIX = "lococo-"
 
@@ -76,14 +77,47 @@ def slot_attention(
     if own not in ("eager", "sdpa"):
         own = "sdpa" if sinks is None and softcap is None else "eager"
     function = attention_function(own, module)
-    if own == "sdpa" and query.shape[0] == 1 and query.shape[2] > 1 and query.device.type == "cpu":
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    mass = None
+    output: tuple[Tensor, Tensor | None]
+    if _gives_mass(implementation, layer, module, query, key, value, **kwargs):
+        mixed, mass = cast(SlotLayer, layer).attend_with_mass(query, key, value, scaling, softcap, sinks)
+        output = mixed, None
+    elif own == "sdpa" and query.shape[0] == 1 and query.shape[2] > 1 and query.device.type == "cpu":
         output = _without_copies(function, query, key, value, layer.shared_bias(query), **kwargs)
     else:
         output = function(module, query, key, value, layer.attention_bias(query), **kwargs)
     if layer.layer_idx == module.layer_idx:  # and not one that looks into another's cache
-        scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-        layer.observe(layer.seen_by(module, query.detach()), scaling, softcap, sinks)
+        layer.observe(layer.seen_by(module, query.detach()), scaling, softcap, sinks, mass)
     return output
+
+
+def _gives_mass(
+    implementation: str,
+    layer: SlotLayer | StepLayer,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> bool:
+    """Tell whether one kernel gives a chunk's output together with the mass that the layer's compressor asks for.
+
+    Not where the model wants its maps ("eager"), nor where its own sdpa leaves out a cap or sinks.
+    """
+    differs = implementation == "eager" or (implementation == "sdpa" and (softcap is not None or s_aux is not None))
+    return (
+        type(layer) is SlotLayer
+        and layer.mass is not None
+        and layer.layer_idx == module.layer_idx
+        and not differs
+        and not dropout
+        and kwargs.get("position_bias") is None
+        and kernels.usable(query, key, value)
+    )
 
 
 def _without_copies(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lococo import kernels
 from lococo.rope import LayerRotary
 
 # Rows of an attention map that are held at once: (b h QUERY_ROWS s) floats.
@@ -173,6 +174,25 @@ def attention_mass(
         Column sums over queries and groups, (b h s), float32; they add up to g * q per key/value head, less what sinks
         take.
     """
+    # The same sums without a map, where a GPU has them.
+    compute = kernels.column_mass if kernels.usable(keys, queries) else mass_in_blocks
+    return compute(
+        keys, log_mass, queries, scaling=scaling, softcap=softcap, sinks=sinks, visible=visible, weight=weight
+    )
+
+
+def mass_in_blocks(
+    keys: Tensor,
+    log_mass: Tensor,
+    queries: Tensor,
+    *,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    visible: Tensor | None,
+    weight: Tensor | None,
+) -> Tensor:
+    """Compute `attention_mass` from maps of QUERY_ROWS rows, in plain torch; without gradients."""
     b, h, g, q, d = queries.shape
     count = keys.shape[2]
     # Rows that do not end where a vector ends cost a tenth more (docs/log.md): the rest is entries that nobody sees.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
+from lococo import kernels
 from lococo.compressors.base import Compressor
 from lococo.entries import Entries, attention_mass
 from lococo.errors import LococoError
@@ -187,8 +188,45 @@ class SlotLayer(CacheLayerMixin):
         """Return the buffer's keys as compressors see them, (b h s d)."""
         return self.keys
 
+    def attend_with_mass(
+        self, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return a chunk's attention, (b q h*g d), and the mass that it gives each entry, (b h s), of one kernel.
+
+        Args:
+            query: After RoPE, (b h*g q d).
+            key: What `update` returned, (b h s d).
+            value: Likewise.
+            scaling: Factor of the attention logits.
+            softcap: Their cap.
+            sinks: A logit per head, see `observe`.
+        """
+        return kernels.attention_with_mass(
+            query,
+            key,
+            value,
+            self.log_mass[:, :, : key.shape[2]],
+            self.visible(),
+            scaling=scaling,
+            softcap=softcap,
+            sinks=None if sinks is None else sinks.view(key.shape[1], -1),
+            weight=self._weight(),
+        )
+
+    def _weight(self) -> Tensor | None:
+        """Return how much each query of the chunk counts, 0 for padding, (b q); None: all the same."""
+        assert self.chunk is not None
+        return None if self.chunk.real is None else self.chunk.real.float()
+
     @torch.no_grad()
-    def observe(self, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None = None) -> None:
+    def observe(
+        self,
+        query: Tensor,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None = None,
+        mass: Tensor | None = None,
+    ) -> None:
         """Take down what the compressor asked for from a chunk's queries.
 
         Args:
@@ -196,6 +234,7 @@ class SlotLayer(CacheLayerMixin):
             scaling: Factor of the attention logits.
             softcap: Their cap.
             sinks: A logit per head, beside those of the entries, that takes attention away from them, (h*g).
+            mass: What these queries give each entry, (b h s), where attention has told; None: to be computed.
         """
         assert self.chunk is not None
         b, heads, q, d = query.shape
@@ -221,16 +260,18 @@ class SlotLayer(CacheLayerMixin):
             width = self._width(self.filled)
             self.latest = (query, self.mass.clone()) if self.chunk.recorded else None
             # Added once the whole chunk is read: one that is interrupted must leave no trace.
-            self.pending_mass = attention_mass(
-                self.keys_seen()[:, :, :width],
-                self.log_mass[:, :, :width],
-                queries,
-                scaling=scaling,
-                softcap=softcap,
-                sinks=self.sinks,
-                visible=self.visible(),
-                weight=None if self.chunk.real is None else self.chunk.real.float(),
-            )
+            self.pending_mass = mass
+            if mass is None:
+                self.pending_mass = attention_mass(
+                    self.keys_seen()[:, :, :width],
+                    self.log_mass[:, :, :width],
+                    queries,
+                    scaling=scaling,
+                    softcap=softcap,
+                    sinks=self.sinks,
+                    visible=self.visible(),
+                    weight=self._weight(),
+                )
 
     def chunk_read(self) -> None:
         """Keep what was observed of a chunk, now that every layer has read it."""

@@ -80,7 +80,14 @@ class StepLayer(CacheLayerMixin):
         """Return a module's queries, (b h*g q d), as they are."""
         return query
 
-    def observe(self, query: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None = None) -> None:
+    def observe(
+        self,
+        query: Tensor,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None = None,
+        mass: Tensor | None = None,
+    ) -> None:
         """Take down what the compressor asked for of a step's queries, (b h*g 1 d); see `SlotLayer.observe`."""
         b, heads, _, d = query.shape
         h = self.log_mass.shape[1]

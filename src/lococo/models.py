@@ -39,8 +39,9 @@ def load_model(
         >>> model, tokenizer = load_model("model.Q8_0.gguf", device="cuda")
 
     Args:
-        name: None for the embedded default, a local folder, a path that ends in .gguf, or a hub id. A folder that
-            `lococo extend` wrote loads its base model, with what was tuned of it.
+        name: None for the embedded default, a local folder, a path that ends in .gguf, the name of a tuned model that
+            comes with the package (`tuned.shipped`), or a hub id. A folder that `lococo extend` wrote loads its base
+            model, with what was tuned of it.
         dtype: Floating-point type of the weights, or "auto" for the one they are stored in.
         device: Where to put the weights; None leaves them on the CPU.
         trust_remote_code: Run Python code that a folder or a hub id brings along.
@@ -191,6 +192,8 @@ def _resolve(name: str | os.PathLike[str] | None) -> tuple[str, str]:
     if path.is_dir():
         check_folder(path.resolve())
         return str(path), path.resolve().name
+    if given in (shipped := tuned.shipped()):
+        return str(shipped[given]), given
     if path.suffix.lower() == ".gguf" and path.is_file():
         return str(gguf.converted_folder(path)), path.stem
     if path.is_file():

@@ -22,7 +22,8 @@ class ModelOptions:
     """Which model reads.
 
     Attributes:
-        model: A hub id, a folder or a GGUF file; the embedded SmolLM2-135M-Instruct by default.
+        model: A hub id, a folder or a GGUF file; the embedded SmolLM2-135M-Instruct by default, and
+            SmolLM2-135M-Instruct-32K is what it became by `lococo extend`.
         dtype: Floating-point type of the weights and the cache; auto takes the one they are stored in.
         device: Where to compute, such as cuda or cuda:1; the CPU by default.
         trust_remote_code: Run Python code that the model brings along.

@@ -112,7 +112,8 @@ def carry_out(
         return
     from rich.console import Console
 
-    Console(file=human(options.json)).print(final_table(figures))
+    if figures["held_out"]:
+        Console(file=human(options.json)).print(final_table(figures))
     print(f"saved as {target}", file=human(options.json))
     if options.json:
         print(jsonlib.dumps(figures))

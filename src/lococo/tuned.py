@@ -33,6 +33,9 @@ HEADS = "heads"
 # Where a model remembers what it was tuned to be read with: a compressor's name, or a folder of heads.
 TUNED_FOR = "lococo_tuned_for"
 
+# Models that were tuned for all, a folder each.
+SHIPPED = Path(__file__).parent / "extended"
+
 # What peft puts before the names of a model's parameters in a file.
 PREFIX = "base_model.model."
 
@@ -128,6 +131,11 @@ def heads_dtype(model: "PreTrainedModel") -> "torch.dtype":
 def _write_record(folder: Path, record: dict[str, Any]) -> None:
     record = {"format_version": FORMAT_VERSION} | record
     write_atomically(folder / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def shipped() -> dict[str, Path]:
+    """Return the folders of the tuned models that come with the package, by the names that `load_model` takes."""
+    return {file.parent.name: file.parent for file in sorted(SHIPPED.glob(f"*/{RECORD}"))}
 
 
 def is_tuned(folder: str | os.PathLike[str]) -> bool:

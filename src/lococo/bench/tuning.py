@@ -9,15 +9,15 @@ without slots. Figures come as JSON, one object per line.
 import contextlib
 import gc
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from lococo.bench.measure import in_new_process, peak_memory, reset_peak
 from lococo.errors import ArgumentError, LococoError
 from lococo.files import output_file
-from lococo.results import Results, results_file
+from lococo.results import results_file
 from lococo.train.extension import FULL, Extension
 
 Row = dict[str, Any]
@@ -44,7 +44,7 @@ def step(recipe: Row, data: str, model: str | None, dtype: str, device: str | No
     from lococo.train.extend import tuning_of
     from lococo.train.long_lessons import LongLessons
 
-    asked = Extension(**recipe, steps=2)
+    asked = replace(Extension(**recipe), steps=2)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     corpus, _ = corpus_of([data], tokenizer, documents=1, seed=asked.seed)
     chunk = min(asked.chunk_size, 256)
@@ -72,42 +72,6 @@ def one_step(run: Callable[[Callable[[Row], None]], None], *, stop_after: int) -
         run(after_step)
 
 
-def measured(
-    *,
-    data: str,
-    lengths: Sequence[int],
-    compressor: Sequence[str],
-    num_slots: int,
-    chunk_size: int,
-    compressions: int,
-    model: str | None,
-    dtype: str,
-    device: str | None,
-    results: Results,
-) -> None:
-    """Measure every length with every compressor; see `main`. What fails, for want of memory say, is a row as well."""
-    for length in lengths:
-        for name in compressor:
-            recipe = Extension(
-                compressor=name,
-                num_slots=num_slots,
-                chunk_size=length if name == FULL else chunk_size,
-                length=length,
-                compressions=compressions,
-            )
-            row = {"task": "tuning-memory", "compressor": name, "length": length, "num_slots": num_slots}
-            row |= {"chunk_size": recipe.chunk_size, "dtype": dtype, "device": device or "cpu"}
-            fields = ("compressor", "num_slots", "chunk_size", "length", "compressions")
-            asked = {"recipe": {field: getattr(recipe, field) for field in fields}}
-            asked |= {"data": data, "model": model, "dtype": dtype, "device": device}
-            try:
-                row |= in_new_process("tuning", asked)
-            except LococoError as error:
-                row |= dict.fromkeys(FIGURES) | {"failed": str(error)[:200]}
-            results.add(row)
-            print(row, flush=True)
-
-
 def main(
     data: str,
     json: str,
@@ -120,7 +84,7 @@ def main(
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     device: str | None = None,
 ) -> None:
-    """Measure memory and time of one step of tuning at each length.
+    """Measure memory and time of one step of tuning at each length; one that fails, for want of memory say, is told so.
 
     Args:
         data: Folder of text, see `lococo extend`, with a document as long as the largest length.
@@ -136,19 +100,23 @@ def main(
     """
     if not lengths or not compressor:
         raise ArgumentError("expected lengths and compressors, one or more of each")
+    of_model = {"data": str(Path(data).expanduser()), "model": model, "dtype": dtype, "device": device}
+    slots: Row = {"num_slots": num_slots, "compressions": compressions}
+    recipes = [
+        Extension(compressor=name, length=length, chunk_size=length if name == FULL else chunk_size, **slots)
+        for length in lengths
+        for name in compressor
+    ]
     with results_file(output_file(json)) as results:
-        measured(
-            data=str(Path(data).expanduser()),
-            lengths=lengths,
-            compressor=compressor,
-            num_slots=num_slots,
-            chunk_size=chunk_size,
-            compressions=compressions,
-            model=model,
-            dtype=dtype,
-            device=device,
-            results=results,
-        )
+        for recipe in recipes:
+            row: Row = {"task": "tuning-memory", "dtype": dtype, "device": device or "cpu"}
+            row |= {name: getattr(recipe, name) for name in ("compressor", "length", "num_slots", "chunk_size")}
+            try:
+                row |= in_new_process("tuning", of_model | {"recipe": asdict(recipe)})
+            except LococoError as error:
+                row |= dict.fromkeys(FIGURES) | {"failed": str(error)[:200]}
+            results.add(row)
+            print(row, flush=True)
 
 
 if __name__ == "__main__":

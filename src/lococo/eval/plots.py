@@ -64,12 +64,13 @@ def perplexity(rows: Sequence[Row]) -> "Figure":
 
 
 def needle(rows: Sequence[Row]) -> "Figure":
-    """Draw one panel per number of slots: the accuracy by length of text, a line per compressor."""
+    """Draw one panel per number of slots: the accuracy by length of text, a line per model and compressor."""
+    name_of = _reader(rows)
 
     def draw(panel: "Axes", num_slots: Any) -> None:
         same = [row for row in rows if row["num_slots"] == num_slots]
-        for name in dict.fromkeys(row["compressor"] for row in same):
-            drawn = sorted((row for row in same if row["compressor"] == name), key=lambda row: row["length"])
+        for name in dict.fromkeys(map(name_of, same)):
+            drawn = sorted((row for row in same if name_of(row) == name), key=lambda row: row["length"])
             style = {"color": INK, "fmt": "o--"} if name == FULL else {"fmt": "o-"}
             places = [row["length"] for row in drawn]
             _points(panel, places, drawn, "accuracy", ("low", "high"), label=name, **style)
@@ -80,16 +81,19 @@ def needle(rows: Sequence[Row]) -> "Figure":
     return _panels(list(dict.fromkeys(row["num_slots"] for row in rows)), draw, name="{} slots")
 
 
+def _reader(rows: Sequence[Row]) -> Callable[[Row], str]:
+    """Return what names the reader of a row: the compressor, after the model where there are several."""
+    several = len({row.get("model") for row in rows}) > 1
+    return lambda row: f"{row.get('model')}, {row['compressor']}" if several else str(row["compressor"])
+
+
 def positions(rows: Sequence[Row]) -> "Figure":
     """Draw one panel per domain: nats per token by place in the text, a line per model and compressor.
 
     Args:
         rows: Of `positions.summary`.
     """
-    models = {row["model"] for row in rows}
-
-    def name_of(row: Row) -> str:
-        return row["compressor"] if len(models) == 1 else f"{row['model']}, {row['compressor']}"
+    name_of = _reader(rows)
 
     def draw(panel: "Axes", domain: Any) -> None:
         same = [row for row in rows if row["domain"] == domain]

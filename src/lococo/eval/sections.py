@@ -69,6 +69,7 @@ def sections(rows: Sequence[Row], baseline: str = FULL) -> Iterator[Section]:
         "inside": (lambda row: row.get("task") == "inside", _inside),
         "ablations": (lambda row: "subject" in row, _ablations),
         "bench": (lambda row: "prefill_tokens_per_s" in row, _bench),
+        "tuning": (lambda row: row.get("task") == "tuning-memory", _tuning),
     }
     for rank, (belongs, made) in enumerate(kinds.values()):
         if own := [row for row in rows if belongs(row)]:
@@ -111,31 +112,33 @@ def _positions(rows: list[Row], baseline: str) -> Section:
     sheets = []
     for domain in dict.fromkeys(row["domain"] for row in rows):
         cells = {(r["model"], r["compressor"], r["length"]): r for r in rows if r["domain"] == domain}
-        lines = []
+        parts, so_far = [], []
         for model, name in dict.fromkeys((model, name) for model, name, _ in cells):
             found = [cells.get((model, name, end)) for end in ends]
-            lines.append([*_words(model, name), *(Cell("", "") if r is None else _with_ends(r, "nll") for r in found)])
+            about = _words(model, name)
+            parts.append([*about, *(Cell("", "") if r is None else _with_ends(r, "nll") for r in found)])
+            so_far.append([*about, *(Cell("", "") if r is None else _number(r["nll_so_far"]) for r in found)])
         headings = ["model", "compressor", *(f"up to {end:,}" for end in ends)]
-        sheets.append(Sheet(f"{domain}: nats per token by place in the text", headings, lines))
+        sheets.append(Sheet(f"{domain}: nats per token by place in the text", headings, parts))
+        sheets.append(Sheet(f"{domain}: nats per token of all that was read so far", headings, so_far))
     words = (
         "Nats per token of each part of long documents, read from their beginning on: from the length before to the "
-        "one at the column's head. The full cache reads no further than the window; 95 % intervals, bootstrap over "
-        "documents."
+        "one at the column's head; then of the whole text up to there. The full cache reads no further than the "
+        "window; 95 % intervals, bootstrap over documents."
     )
     return Section("What is foreseen far beyond the window", words, lambda: plots.positions(rows), sheets)
 
 
 def _needle(rows: list[Row], baseline: str) -> Section:
-    twins = {(row["length"], row["num_slots"]): row for row in rows if row["compressor"] == baseline}
+    twins = {(row.get("model"), row["length"], row["num_slots"]): row for row in rows if row["compressor"] == baseline}
     lines = []
     for row in rows:
-        twin = twins.get((row["length"], row["num_slots"]))
+        twin = twins.get((row.get("model"), row["length"], row["num_slots"]))
         paired = Cell("", "") if twin is None else _paired_needle(row, twin)
+        about = _words(row.get("model", ""), row["compressor"])
         found = _with_ends(row, "accuracy")
-        lines.append(
-            [*_words(row["compressor"]), *_wholes(row, "num_slots", "length"), found, paired, _whole(row["trials"])]
-        )
-    headings = ["compressor", "slots", "tokens", "found", f"minus {baseline}, paired", "trials"]
+        lines.append([*about, *_wholes(row, "num_slots", "length"), found, paired, _whole(row["trials"])])
+    headings = ["model", "compressor", "slots", "tokens", "found", f"minus {baseline}, paired", "trials"]
     words = "A key and a number hidden in real text at ten depths, asked for after it; 95 % intervals (Wilson)."
     sheets = [Sheet("numbers found", headings, lines)]
     return Section("What is found", words, lambda: plots.needle(rows), sheets)
@@ -321,6 +324,23 @@ def _bench(rows: list[Row], baseline: str) -> Section:
     )
     sheets = [Sheet("what it costs", headings, lines)]
     return Section("What it costs", words, lambda: plots.bench(rows), sheets)
+
+
+def _tuning(rows: list[Row], baseline: str) -> Section:
+    lines = []
+    for row in rows:
+        about = [*_words(row["compressor"], row["device"], row["dtype"]), *_wholes(row, "length", "chunk_size")]
+        peak, seconds = row["peak_memory_bytes"], row["seconds"]
+        figures = (
+            [Cell("failed", -1)] * 2 if peak is None else [Cell(mib(peak), peak), _number(row["length"] / seconds)]
+        )
+        lines.append([*about, *figures])
+    headings = ["compressor", "device", "weights", "tokens", "chunk", "peak", "tokens per second"]
+    words = (
+        "One step of tuning at each length, each in a fresh process; the peak is what the step takes beside weights "
+        "and Adam's moments."
+    )
+    return Section("What tuning costs", words, None, [Sheet("memory of tuning", headings, lines)])
 
 
 def _of_roofline(row: Row, name: str) -> Cell:

@@ -31,9 +31,13 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny: str, texts: Path) -> Pa
     return folder
 
 
-@pytest.mark.parametrize("recipe", ["extend-smollm2-135m", "extend-llama-2-7b"])
-def test_the_recipes_can_be_read(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    file = Path(__file__).parent.parent / "recipes" / f"{recipe}.yaml"
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("extend-*.yaml"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_the_recipes_can_be_read(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(RECIPES) == 5
+    assert f"--config recipes/{file.name}" in file.read_text()
     cli.main(["extend", "--config", str(file), "-o", "long", "--print_config"])
     printed = capsys.readouterr().out
     for line in file.read_text().splitlines():

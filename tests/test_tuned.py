@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lococo
 from lococo.attachment import window_of
+from lococo.compressors import modules
 from lococo.errors import ArgumentError, FileFormatError, ModelError
-from lococo.models import load_config, load_tokenizer
+from lococo.models import load_config, load_tokenizer, model_id
 from lococo.train.extend import extend
 from lococo.train.extension import Extension
-from lococo.tuned import ADAPTER, PREFIX, RECORD, merge
+from lococo.tuned import ADAPTER, PREFIX, RECORD, merge, shipped
 
 IDS = torch.randint(0, 128, (1, 100), generator=torch.Generator().manual_seed(0))
 
@@ -214,3 +215,28 @@ def test_damaged_folders(made, tmp_path):
     (tuned / RECORD).write_text("{}")
     with pytest.raises(FileFormatError, match="no readable record"):
         lococo.load_model(tuned)
+
+
+def test_models_that_come_with_the_package_are_small_and_known_by_name():
+    assert list(shipped()) == ["SmolLM2-135M-Instruct-32K"]
+    for folder in shipped().values():
+        assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 5_000_000
+        assert (folder / "README.md").is_file()
+        assert not list(folder.rglob("*.bin"))
+
+
+def test_a_model_that_comes_with_the_package_loads_by_its_name(default_model):
+    base, _ = default_model
+    model, tokenizer = lococo.load_model("SmolLM2-135M-Instruct-32K")
+    assert model_id(model) == "SmolLM2-135M-Instruct-32K"
+    assert window_of(model) == 8192
+    heads = lococo.attach(model, num_slots=512).compressor
+    own = lococo.attach(base, num_slots=512).compressor
+    assert heads.name == str(shipped()["SmolLM2-135M-Instruct-32K"] / "heads")
+    assert own.name == "lococo"
+    theirs, ours = (dict(next(iter(modules(each))).state_dict()) for each in (heads, own))
+    assert any(not torch.equal(theirs[name], tensor) for name, tensor in ours.items())
+    # Scores are left as they were, since no gradient reaches a choice.
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in ours.items() if name.startswith("scorers."))
+    ids = tokenizer("It was a bright cold day in April, and the clocks", return_tensors="pt").input_ids
+    assert not torch.allclose(model(ids).logits, base(ids).logits, atol=0.1)

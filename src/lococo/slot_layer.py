@@ -304,7 +304,9 @@ class SlotLayer(CacheLayerMixin):
             entries = self.entries(group, count)
             if count > self.num_slots:
                 entries = self.compressor.compress(entries, self.num_slots, self.layer_idx)
-                self.carries_mass = self.carries_mass or bool(entries.log_mass.any())
+                # A GPU is not asked, which would make the CPU wait for it: a bias of zeros costs less.
+                log_mass = entries.log_mass
+                self.carries_mass = self.carries_mass or log_mass.device.type != "cpu" or bool(log_mass.any())
             if any(shift[row] for row in group):
                 entries = _moved_back(entries, [shift[row] for row in group])
             self._store(group, entries)

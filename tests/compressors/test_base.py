@@ -1,11 +1,15 @@
+from dataclasses import fields, replace
+
 import pytest
 import torch
 from families import tiny, tokens
 
 import lococo
-from lococo.compressors import PAIRS, Shape, make
+from lococo.compressors import PAIRS, Shape, make, modules, of_heads
 from lococo.compressors.base import Selection, SelectMerge
 from lococo.errors import ArgumentError
+from lococo.train.recipe import Recipe
+from lococo.train.trained import new_heads
 
 
 @torch.no_grad()
@@ -49,6 +53,36 @@ def test_every_compressor_gives_exactly_its_slots_in_temporal_order(name):
     assert (slots.token_index.diff() > 0).all()
     assert slots.keys.shape == (2, 2, 40, 12)
     assert slots.values.isfinite().all()
+
+
+class Still:
+    """Rotates nothing, since angles of tensors without numbers cannot be looked up."""
+
+    def rotate(self, x, delta):
+        return x
+
+    def matrix(self, delta, head_dim, device):
+        return torch.eye(head_dim, device=device)
+
+
+@pytest.mark.parametrize("name", [*PAIRS, "learned"])
+def test_no_compressor_makes_the_cpu_wait_for_a_gpu(name):
+    # Tensors without numbers refuse what a GPU could only answer once it has done all that went before.
+    compressor = fresh_heads() if name == "learned" else make(name, Shape({1: 40}, 12))
+    for module in modules(compressor):
+        module.to("meta")
+    given = entries_of("look-ahead" if name == "learned" else name)
+    tensors = {f.name: getattr(given, f.name) for f in fields(given)}
+    there = {n: t.to("meta") if isinstance(t, torch.Tensor) else t for n, t in tensors.items()}
+    slots = compressor.compress(replace(given, **there | {"rotary": Still()}), 40, 1)
+    assert slots.keys.shape == (2, 2, 40, 12)
+    assert slots.keys.is_meta
+
+
+def fresh_heads():
+    recipe = Recipe(num_slots=(40,), chunk_size=16, length=128, calibrate_at=())
+    heads = new_heads(tiny(), recipe)
+    return of_heads(heads, heads.kind)
 
 
 def test_unknown_names_are_answered_with_the_nearest():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_base import entries_of
 
-from lococo.compressors.mass_merge import BLOCK, TIE_BREAK, MassMerge, largest
+from lococo.compressors.mass_merge import BLOCK, TIE_BREAK, MassMerge, largest, others
 
 
 @pytest.mark.parametrize("columns", [1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK])
@@ -67,3 +67,14 @@ def test_an_entry_whose_key_repeats_stays_its_own_anchor(dtype):
     torch.testing.assert_close(slots.values[:, :, :-1], entries.take(kept).values[:, :, :-1])
     assert (slots.log_mass[:, :, :-1] == 0).all()
     assert (slots.log_mass[:, :, -1] > 0).all()
+
+
+def test_the_others_are_found_with_and_without_counting():
+    kept = torch.stack([torch.randperm(30)[:12].sort().values for _ in range(6)]).view(2, 3, 12)
+    found = others(kept, 30)
+    for row in range(2):
+        for head in range(3):
+            assert found[row, head].tolist() == sorted(set(range(30)) - set(kept[row, head].tolist()))
+    which = torch.ones(2, 3, 30, dtype=torch.bool).scatter_(2, kept, False)
+    assert torch.equal(which.byte().argsort(dim=-1, descending=True, stable=True)[..., :18], found)
+    assert others(kept.to("meta"), 30).shape == (2, 3, 18)

@@ -63,8 +63,9 @@ class Selection:
         """Return the scores, infinite for entries that always stay, (b h s)."""
         scores = self.score(entries).expand(entries.positions.shape).clone()
         recent = num_slots // 2 if self.recent is None else self.recent
-        scores[..., : self.sinks] = torch.inf
-        scores[..., len(entries) - recent :] = torch.inf
+        # Filled, since a number that is assigned is copied to a GPU first, which makes the CPU wait for it.
+        scores[..., : self.sinks].fill_(torch.inf)
+        scores[..., len(entries) - recent :].fill_(torch.inf)
         return scores
 
 

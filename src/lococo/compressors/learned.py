@@ -9,6 +9,7 @@ merged and how much attention its slot asks for. Nothing depends on the number o
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from lococo.compressors.nets import HeadSettings, Joining, Net
 from lococo.compressors.selections import RECENT
 from lococo.entries import Entries
 from lococo.norms import NormDeltas
+from lococo.rope import lasting
 from lococo.shares import shares
 
 # Of an entry's mass (in units of the mean), its key's norm, its value's norm and its age: the least that a logarithm is
@@ -35,6 +37,7 @@ SCORED_SHARE = 0.25
 
 # Where a scorer's softplus starts: nearly flat, so that entries which nobody asks for keep the mass they have.
 BONUS_START = -4.0
+BONUS_AT_0: float = nn.functional.softplus(torch.tensor(BONUS_START)).item()
 
 OnCompress = Callable[[int, Entries, int], Tensor | None]
 
@@ -101,7 +104,7 @@ class LearnedHeads(nn.Module):
         if least is not None:
             mass = mass.maximum(least)
         scores = mass.detach().clone()  # which entries stay is no smooth choice
-        scores[..., len(entries) - RECENT :] = torch.inf
+        scores[..., len(entries) - RECENT :].fill_(torch.inf)
         if bonus is not None:
             mass = raised(mass, bonus[0], num_slots)
             foreseen = scores.topk(num_slots - int(SCORED_SHARE * num_slots), sorted=False).indices
@@ -153,13 +156,21 @@ def raised(mass: Tensor, bonus: Tensor, num_slots: int) -> Tensor:
 
 def bonus_of(said: Tensor) -> Tensor:
     """Return what a scorer's output adds, in units of the mean mass: nearly nothing below 0."""
-    return nn.functional.softplus(said + BONUS_START) - nn.functional.softplus(said.new_tensor(BONUS_START))
+    return nn.functional.softplus(said + BONUS_START) - BONUS_AT_0
 
 
 def content_of(entries: Entries) -> Tensor:
     """Return the directions of keys (before RoPE) and values, each of length 1, (b h s 2d)."""
     values = entries.values.detach().float() / entries.value_norms[..., None]
     return torch.cat([entries.key_directions, values], -1)
+
+
+@cache
+def logarithms(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return LOGARITHMS on a device, (4 1 1 1) each: copied there once, since a GPU makes the CPU wait for a copy."""
+    with lasting():
+        least, scale = (torch.tensor(each, device=device).view(4, 1, 1, 1) for each in LOGARITHMS)
+    return least, scale
 
 
 def facts_of(entries: Entries, mass: Tensor) -> Tensor:
@@ -170,7 +181,7 @@ def facts_of(entries: Entries, mass: Tensor) -> Tensor:
     w = entries.queries.shape[3] if entries.queries is not None else s
     relative = mass * (s / mass.sum(-1, keepdim=True))
     sizes = torch.stack([relative, entries.key_norms, entries.value_norms, age + 1])
-    least, scale = (mass.new_tensor(each).view(4, 1, 1, 1) for each in LOGARITHMS)
+    least, scale = logarithms(mass.device)
     weight, key, value, since = (sizes.maximum(least).log() * scale).unbind()
     near, far = (age / -32).exp(), (age >= w).float()
     return torch.stack([weight, entries.log_mass.detach(), since, near, far, key, value], -1)

@@ -57,11 +57,9 @@ def merged_by_mass(
     Returns:
         m entries.
     """
-    b, h, _ = kept.shape
     slots = entries.take(kept)
     mass = mass.clamp(min=1e-9)
-    which = torch.ones_like(mass, dtype=torch.bool).scatter_(2, kept, False)
-    gone = which.nonzero()[:, 2].view(b, h, -1)
+    gone = others(kept, len(entries))
     rows = flat_index(gone, len(entries))
     anchor = _anchors(entries, rows, kept)
 
@@ -80,6 +78,16 @@ def merged_by_mass(
         log_mass=log_mass.clamp(max=max_log_mass),
         mass=None if slots.mass is None else _summed(entries, slots, gone, anchor),
     )
+
+
+def others(kept: Tensor, count: int) -> Tensor:
+    """Return which of `count` entries are not among those kept, (b h m), ascending, (b h count - m)."""
+    b, h, m = kept.shape
+    which = torch.ones(b, h, count, dtype=torch.bool, device=kept.device).scatter_(2, kept, False)
+    if which.device.type == "cpu":
+        return which.nonzero()[:, 2].view(b, h, -1)
+    # How many there are is known, but `nonzero` makes the CPU wait until a GPU has counted them.
+    return which.byte().argsort(dim=-1, descending=True, stable=True)[..., : count - m]
 
 
 def _anchors(entries: Entries, gone: Tensor, kept: Tensor) -> Tensor:

@@ -36,6 +36,9 @@ from lococo.state_layer import StateLayer, StateSlotLayer, has_state, is_state, 
 
 Positions = Literal["original", "packed"]
 
+# What decoders call their cache: transformers up to 5.23, and from 5.24 on.
+CACHE_NAMES = ("past_key_values", "cache")
+
 
 class SlotCache(Cache):
     """A fixed number of slots per layer as `past_key_values`; made by `Attachment.new_cache`.

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from lococo.around import Around
-from lococo.cache import SlotCache
+from lococo.cache import CACHE_NAMES, SlotCache
 from lococo.errors import ArgumentError, LococoError, UnsupportedModelError, WindowError
 from lococo.steps import Steps
 
@@ -41,8 +41,8 @@ class ReadingInChunks:
         """
         arguments = self.__signature__.bind(*args, **kwargs).arguments
         arguments.update(arguments.pop("kwargs", {}))
-        cache = arguments.get("past_key_values")
-        if not isinstance(cache, SlotCache):
+        cache = next((value for name in CACHE_NAMES if isinstance(value := arguments.get(name), SlotCache)), None)
+        if cache is None:
             return self.forward(*args, **kwargs)
         if arguments.get("use_cache") is False:
             raise ArgumentError("a SlotCache came with use_cache=False; leave use_cache out, or the cache")

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from lococo.cache import SlotCache
+from lococo.cache import CACHE_NAMES, SlotCache
 from lococo.graphs import Graphs
 from lococo.slot_layer import SlotLayer
 
 # What a step may be asked for; a call with more is read the plain way.
-KNOWN = {"input_ids", "inputs_embeds", "position_ids", "past_key_values", "attention_mask", "use_cache", "slot_cache"}
+KNOWN = {"input_ids", "inputs_embeds", "position_ids", "attention_mask", "use_cache", "slot_cache", *CACHE_NAMES}
 
 
 class StepLayer(CacheLayerMixin):

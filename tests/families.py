@@ -223,7 +223,14 @@ EVERY: dict[str, Family] = {
         "eager",
         ITSELF,
     ),
-    "gptj": Family("GPT-J", "GPTJ", OLD_NAMES | NO_STOPS | {"rotary_dim": 4}, "refused: " + ITSELF, "eager", ITSELF),
+    "gptj": Family(
+        "GPT-J",
+        "GPTJ",
+        OLD_NAMES | NO_STOPS | {"rotary_dim": 4},
+        "refused: " + ITSELF,
+        "eager",
+        ITSELF + "|otherwise than its `rotary_emb`",  # from transformers 5.24 on, for its table of angles
+    ),
     "stablelm": Family(
         "StableLM",
         "StableLm",

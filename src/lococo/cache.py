@@ -36,9 +36,6 @@ from lococo.state_layer import StateLayer, StateSlotLayer, has_state, is_state, 
 
 Positions = Literal["original", "packed"]
 
-# What decoders call their cache: transformers up to 5.23, and from 5.24 on.
-CACHE_NAMES = ("past_key_values", "cache")
-
 
 class SlotCache(Cache):
     """A fixed number of slots per layer as `past_key_values`; made by `Attachment.new_cache`.
@@ -278,6 +275,11 @@ class SlotCache(Cache):
     def _attending(self) -> list[Any]:
         """Return the layers that are more than a state, which transformers can neither select nor repeat."""
         return [layer for layer in self.layers if not is_state(layer)]
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can forget tokens, which transformers asks before it lets an assistant guess."""
+        return self.past is not None
 
     def activate_past_recording(self) -> None:
         """Take down from here on what `crop` needs; transformers calls it before an assistant guesses tokens."""

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from lococo.around import Around
-from lococo.cache import CACHE_NAMES, SlotCache
+from lococo.cache import SlotCache
+from lococo.cache_name import CACHE_NAMES
 from lococo.errors import ArgumentError, LococoError, UnsupportedModelError, WindowError
 from lococo.steps import Steps
 

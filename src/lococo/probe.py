@@ -20,6 +20,7 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from lococo.cache_name import cache_name
 from lococo.errors import UnsupportedModelError
 
 # Positions between the two; few enough for any window, and enough to turn every key that turns.
@@ -69,7 +70,7 @@ def probed(decoder: PreTrainedModel) -> Probe | None:
     ids = torch.full((2, 1), token, device=decoder.device)
     try:
         with torch.no_grad(), _noting(decoder):
-            decoder(input_ids=ids, past_key_values=cache, use_cache=True, **arguments)
+            decoder(input_ids=ids, **{cache_name(decoder): cache}, use_cache=True, **arguments)
     except (TypeError, ValueError) as error:
         raise UnsupportedModelError(
             f"{type(decoder).__name__} does not read with transformers' DynamicCache, whose place slots take: {error}"
@@ -89,7 +90,7 @@ def _goes_on(decoder: PreTrainedModel, token: int) -> bool:
     with _noting(decoder):
         for cache, length in ((whole, 4), (parts, 2)):
             for piece in ids.split(length, 1):
-                decoder(input_ids=piece, past_key_values=cache, use_cache=True)
+                decoder(input_ids=piece, **{cache_name(decoder): cache}, use_cache=True)
     pairs = zip(whole.layers, parts.layers, strict=True)
     states = [(getattr(a, "recurrent_states", {}), getattr(b, "recurrent_states", {})) for a, b in pairs]
     both = [(a[number].float(), b[number].float()) for a, b in states for number in a if a[number] is not None]

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from lococo.cache import SlotCache
+from lococo.cache_name import cache_name
 from lococo.errors import ArgumentError
 
 CHUNK_SIZE = 256
@@ -64,6 +65,7 @@ def read(
         ArgumentError: If there is nothing to read.
     """
     feed = _Tensor(ids) if isinstance(ids, Tensor) else _Stream(ids)
+    name = cache_name(model)
     seen = cache.get_seq_length()
     empty = True
     while (chunk := feed.take(cache.room() if isinstance(cache, SlotCache) else CHUNK_SIZE)) is not None:
@@ -72,7 +74,7 @@ def read(
         output = model(
             input_ids=chunk.to(model.device),
             attention_mask=None if attention_mask is None else attention_mask[:, :seen].to(model.device),
-            past_key_values=cache,
+            **{name: cache},
             use_cache=True,
             logits_to_keep=0 if all_logits else 1,
         )

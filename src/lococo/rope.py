@@ -117,7 +117,10 @@ class Rotary:
         if self._embedding is None:
             return []
         d = key.shape[-1]
-        width = self._made_for(self._layer_type(layer_idx), None).width(key)
+        try:
+            width = self._made_for(self._layer_type(layer_idx), None).width(key)
+        except IndexError:  # a table of angles, which has none for the fractions that merged keys turn by (GPT-J)
+            return []
         parts = [part for part in (width, 2 * width) if part < d]  # some models tell each angle once
         return [(0, d), *((0, part) for part in parts), *((d - part, d) for part in parts)]
 

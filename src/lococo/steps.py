@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from lococo.cache import CACHE_NAMES, SlotCache
+from lococo.cache import SlotCache
+from lococo.cache_name import CACHE_NAMES, cache_name
 from lococo.graphs import Graphs
 from lococo.slot_layer import SlotLayer
 
@@ -158,6 +159,7 @@ class Steps:
 
     def __init__(self, forward: Callable[..., Any], decoder: nn.Module) -> None:
         self.forward = forward
+        self.name = cache_name(decoder)
         self.graphs = Graphs(_decoder_step, decoder)
 
     def takes(self, cache: SlotCache, arguments: dict[str, Any]) -> bool:
@@ -180,10 +182,13 @@ class Steps:
         cache.step.show(cache, position_ids)
         with cache.norms_holding(always=True):
             given = tuple(name for name, value in inputs.items() if value is not None)
-            hidden = self.graphs((cache.step.kind, given), self.forward, cache.step, position_ids, **inputs)
-        return MoeModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache)
+            hidden = self.graphs((cache.step.kind, given), self.forward, self.name, cache.step, position_ids, **inputs)
+        output: dict[str, Any] = {"last_hidden_state": hidden, self.name: cache}
+        return MoeModelOutputWithPast(**output)
 
 
-def _decoder_step(forward: Callable[..., Any], cache: StepCache, position_ids: Tensor, **inputs: Any) -> Tensor:
-    output = forward(position_ids=position_ids, past_key_values=cache, slot_cache=cache, use_cache=True, **inputs)
+def _decoder_step(
+    forward: Callable[..., Any], name: str, cache: StepCache, position_ids: Tensor, **inputs: Any
+) -> Tensor:
+    output = forward(position_ids=position_ids, **{name: cache}, slot_cache=cache, use_cache=True, **inputs)
     return cast(Tensor, output.last_hidden_state)

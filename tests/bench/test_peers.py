@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from lococo.bench import measure, peers
 from lococo.bench.peers import PEERS
 from lococo.bench.readers import Setting
+from lococo.cache_name import cache_name
 from lococo.errors import LococoError, ModelError
 from lococo.models import gguf_file
 
@@ -45,7 +46,7 @@ def dropping(model, share):
     """Do what a press does to the cache: drop a share of its entries once the prompt is read."""
 
     def drop(module, args, kwargs, output):
-        cache = kwargs["past_key_values"]
+        cache = kwargs[cache_name(model)]
         cache.crop(-round(cache.get_seq_length() * share))
 
     with model.register_forward_hook(drop, with_kwargs=True):

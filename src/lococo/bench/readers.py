@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from lococo.cache_name import cache_name
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -108,7 +110,8 @@ class Transformers:
         self.cache = None
 
     def _forward(self, ids: Sequence[int]) -> int:
-        output = self.model(**self.inputs(ids), past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        inputs = self.inputs(ids) | {cache_name(self.model): self.cache}
+        output = self.model(**inputs, use_cache=True, logits_to_keep=1)
         return int(output.logits[0, -1].argmax())
 
     def inputs(self, ids: Sequence[int]) -> dict[str, Any]:

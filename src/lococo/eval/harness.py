@@ -20,6 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from lococo.attachment import Attachment, attach, window_of
 from lococo.budgets import slots_for
 from lococo.cache import Positions, grows
+from lococo.cache_name import cache_name
 from lococo.errors import ArgumentError, LococoError, WindowError
 from lococo.eval.sharing import Wanted, groups
 from lococo.models import load_model
@@ -294,7 +295,8 @@ class SlotLM(HFLM):  # type: ignore[misc]  # a package without types
         tokens, real = (torch.tensor(part, device=self.model.device) for part in (padded, mask))
         length = longest + how["max_gen_toks"]
         options = {name: value for name, value in how.items() if name != "max_gen_toks"}
-        written = self._model_generate(tokens, length, until, attention_mask=real, past_key_values=cache, **options)
+        options |= {"attention_mask": real, cache_name(self.model): cache}
+        written = self._model_generate(tokens, length, until, **options)
         rest: list[list[int]] = written[:, longest:].tolist()
         return rest
 

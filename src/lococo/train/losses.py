@@ -9,6 +9,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from lococo.attachment import Attachment
 from lococo.cache import SlotCache
+from lococo.cache_name import cache_name
 from lococo.entries import Entries, attention_mass
 from lococo.slot_layer import SlotLayer
 
@@ -62,7 +63,7 @@ def teach(attachment: Attachment, model: PreTrainedModel, ids: Tensor, compared:
     layers = DynamicCache(config=model.config).layers
     ones = [1] * len(attachment.layers)
     cache = SlotCache(layers, Recorder(), ones, ids.shape[1], "original", attachment.rotary, None)
-    output = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=compared)
+    output = model(input_ids=ids, **{cache_name(model): cache}, use_cache=True, logits_to_keep=compared)
     return Teacher(output.logits.float().log_softmax(-1), cache, compared)
 
 
@@ -162,7 +163,7 @@ def _read(
         with torch.set_grad_enabled(len(inside) > 0 and torch.is_grad_enabled()):
             output = model(
                 input_ids=ids[:, start:stop],
-                past_key_values=cache,
+                **{cache_name(model): cache},
                 use_cache=True,
                 logits_to_keep=compared[inside] - start,
             )

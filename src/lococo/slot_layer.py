@@ -294,7 +294,7 @@ class SlotLayer(CacheLayerMixin):
 
         Args:
             rows: Rows whose buffer is full.
-            shift: Per row how many positions its entries move towards 0, where they stop.
+            shift: Per row how many positions its entries move towards 0, where they line up.
         """
         filled = self.filled
         groups: dict[int, list[int]] = defaultdict(list)
@@ -441,9 +441,11 @@ def _appended(held: Tensor, new: Tensor) -> Tensor:
 
 
 def _moved_back(entries: Entries, shift: list[int]) -> Entries:
-    """Rotate entries by `shift` positions (one per row) towards 0; what would fall below stays at 0."""
+    """Rotate entries by `shift` positions (one per row) towards 0, where they line up in their order."""
     distance = torch.tensor(shift, dtype=torch.float32, device=entries.keys.device)[:, None, None]
-    positions = (entries.positions - distance).clamp(min=0)
+    # Tokens that stood beside each other still do, so that what they spell can be read off them.
+    ranks = torch.arange(len(entries), device=distance.device).to(entries.positions)
+    positions = (entries.positions - distance).maximum(ranks)
     return replace(
         entries, keys=entries.rotary.rotate(entries.keys, positions - entries.positions), positions=positions
     )

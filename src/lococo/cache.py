@@ -63,8 +63,8 @@ class SlotCache(Cache):
             slots_per_layer: Number of slots of each layer that grows, in order.
             chunk_size: Tokens per forward pass.
             positions: "original" keeps every entry's own position. "packed" does so within the model's window; a text
-                that leaves it has its slots moved back at every compression, so that it ends in the window's middle: a
-                slot keeps its distance up to half of the window, and older ones stand in a row, one position each.
+                that leaves it has its slots moved back at every compression, so that it ends at three quarters of the
+                window: a slot keeps its distance up to there, and older ones stand in a row, one position each.
             rotary: Rotates the model's keys.
             window: Positions the model was trained for; None: it says nothing, and positions stay original.
         """
@@ -74,7 +74,7 @@ class SlotCache(Cache):
         self.window = window
         # Where texts that have left the window end. Models find little at distances near their window's size
         # (docs/log.md), and the slots of every layer must have positions of their own before the next chunk.
-        self.middle = None if window is None else max(window // 2, max(slots_per_layer) + chunk_size)
+        self.end = None if window is None else max(window * 3 // 4, max(slots_per_layer) + chunk_size)
         self.rotary = rotary
         self.rows = Rows(min(slots_per_layer) + chunk_size, chunk_size)
         self.incomplete = False
@@ -259,10 +259,10 @@ class SlotCache(Cache):
 
     def _shift(self, row: int) -> int:
         """Return how far a row's positions must move back for the next chunk to end where it should."""
-        if self.positions == "original" or self.window is None or self.middle is None:
+        if self.positions == "original" or self.window is None or self.end is None:
             return 0
         end = self.rows.next_position[row] + self.chunk_size
-        return 0 if end <= self.window and not self.rows.shifted[row] else max(0, end - self.middle)
+        return 0 if end <= self.window and not self.rows.shifted[row] else max(0, end - self.end)
 
     def _shift_other_layers(self, shift: dict[int, int]) -> None:
         """Move the keys of layers without slots (sliding windows) along with the positions of their rows."""

@@ -1,11 +1,6 @@
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
-
 from commands import WORDS, save_llama
 
 from lococo.bench import tuning

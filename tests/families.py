@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -95,6 +96,8 @@ SLIDES = "sliding layers keep their cache"
 STATE = "attention in slots, the recurrent state untouched"
 MIXED = "mixture of experts"
 ITSELF = "computes attention by itself"
+# GPT-J has a table of angles; up to transformers 5.23 it computed attention by itself as well.
+OTHERWISE = "otherwise than its `rotary_emb`"
 CONSTANT = "refused: all layers slide, its memory is constant already"
 
 EVERY: dict[str, Family] = {
@@ -229,7 +232,7 @@ EVERY: dict[str, Family] = {
         OLD_NAMES | NO_STOPS | {"rotary_dim": 4},
         "refused: " + ITSELF,
         "eager",
-        ITSELF + "|otherwise than its `rotary_emb`",  # from transformers 5.24 on, for its table of angles
+        OTHERWISE if Version(transformers.__version__) >= Version("5.24") else ITSELF,
     ),
     "stablelm": Family(
         "StableLM",

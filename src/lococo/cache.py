@@ -74,7 +74,7 @@ class SlotCache(Cache):
         self.window = window
         # Where texts that have left the window end. Models find little at distances near their window's size
         # (docs/log.md), and the slots of every layer must have positions of their own before the next chunk.
-        self.end = None if window is None else max(window * 3 // 4, max(slots_per_layer) + chunk_size)
+        self.packed_end = None if window is None else max(window * 3 // 4, max(slots_per_layer) + chunk_size)
         self.rotary = rotary
         self.rows = Rows(min(slots_per_layer) + chunk_size, chunk_size)
         self.incomplete = False
@@ -259,10 +259,10 @@ class SlotCache(Cache):
 
     def _shift(self, row: int) -> int:
         """Return how far a row's positions must move back for the next chunk to end where it should."""
-        if self.positions == "original" or self.window is None or self.end is None:
+        if self.positions == "original" or self.window is None or self.packed_end is None:
             return 0
         end = self.rows.next_position[row] + self.chunk_size
-        return 0 if end <= self.window and not self.rows.shifted[row] else max(0, end - self.end)
+        return 0 if end <= self.window and not self.rows.shifted[row] else max(0, end - self.packed_end)
 
     def _shift_other_layers(self, shift: dict[int, int]) -> None:
         """Move the keys of layers without slots (sliding windows) along with the positions of their rows."""

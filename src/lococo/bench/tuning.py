@@ -6,10 +6,8 @@ Each step runs in a process of its own. The full cache reads its window in one f
 without slots. Figures come as JSON, one object per line.
 """
 
-import contextlib
 import gc
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -48,28 +46,17 @@ def step(recipe: Row, data: str, model: str | None, dtype: str, device: str | No
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     corpus, _ = corpus_of([data], tokenizer, documents=1, seed=asked.seed)
     chunk = min(asked.chunk_size, 256)
-    short = replace(asked, chunk_size=chunk, length=-(-asked.num_slots // chunk) * chunk + 2 * chunk)
-    training, tuning = tuning_of(loaded, corpus, replace(short, rope="none"))
-    one_step(training.run, stop_after=1)
-    training.lessons = LongLessons(loaded, tuning.compressor, corpus, asked)
+    short = replace(asked, steps=1, chunk_size=chunk, length=-(-asked.num_slots // chunk) * chunk + 2 * chunk)
+    training, tuning = tuning_of(loaded, corpus, short)
+    training.run(lambda row: None)
+    training.schedule, training.lessons = asked, LongLessons(loaded, tuning.compressor, corpus, asked)
     gc.collect()
     kind = loaded.device.type
     before, start = reset_peak(kind), time.perf_counter()
-    one_step(training.run, stop_after=2)
+    training.run(lambda row: None)
     if kind == "cuda":
         torch.cuda.synchronize()
     return {"peak_memory_bytes": peak_memory(kind) - before, "seconds": time.perf_counter() - start}
-
-
-def one_step(run: Callable[[Callable[[Row], None]], None], *, stop_after: int) -> None:
-    """Run a training until so many steps are done."""
-
-    def after_step(row: Row) -> None:
-        if row["step"] == stop_after:
-            raise StopIteration
-
-    with contextlib.suppress(StopIteration):
-        run(after_step)
 
 
 def main(

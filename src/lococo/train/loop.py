@@ -163,18 +163,20 @@ class Training:
         schedule, processes = self.schedule, self.accelerator.num_processes
         first = self.step // schedule.stretches * schedule.accumulate
         windows = range(first + self.accelerator.process_index, first + schedule.accumulate, processes)
-        if schedule.stretches == 1:
-            read = [self._window(self.lessons, schedule.seed, window, num_slots) for window in windows]
-            yield sum(mean / schedule.accumulate for mean, _ in read), sum(count for _, count in read)
-            return
-        with self.lessons.lesson(schedule.seed, windows[0], num_slots) as lesson:
-            left, tokens = lesson.counted, lesson.tokens / schedule.stretches
+        loss, tokens = 0.0, 0.0
+        for window in windows[:-1]:
+            mean, count = self._window(self.lessons, schedule.seed, window, num_slots)
+            loss, tokens = loss + mean / schedule.accumulate, tokens + count
+        with self.lessons.lesson(schedule.seed, windows[-1], num_slots) as lesson:
+            left = lesson.counted
             for parts in range(schedule.stretches, 0, -1):
                 mean, counted = self._through(lesson, 1 / schedule.stretches, left / parts)
+                loss, tokens = loss + mean / schedule.accumulate, tokens + lesson.tokens / schedule.stretches
                 left -= counted
                 if parts > 1:
-                    yield mean / schedule.accumulate, tokens
-        yield mean / schedule.accumulate, tokens  # when the model is free for a look at other text
+                    yield loss, tokens
+                    loss, tokens = 0.0, 0.0
+        yield loss, tokens  # when the model is free for a look at other text
 
     def _window(self, lessons: Lessons, seed: int, number: int, num_slots: int) -> tuple[float, int]:
         """Read a window, add its gradient unless gradients are switched off; return its loss per token, and tokens."""

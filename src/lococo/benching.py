@@ -5,10 +5,11 @@ Nothing here imports torch before the verb runs.
 
 import sys
 
+from lococo.atomic import write_atomically
 from lococo.errors import ArgumentError
 from lococo.files import output_file
 from lococo.options import ModelOptions, check_at_least_one, check_named, plot_file
-from lococo.results import results_file
+from lococo.results import ABOUT, about_this_run, as_lines
 
 
 def bench(
@@ -32,14 +33,16 @@ def bench(
         compressor: Names to compare, one or more. Beside lococo's: full (transformers' own cache, the prompt in one
             forward pass), full-chunked, quantized-fp8, kvpress-snapkv, kvpress-expected-attention, llama.cpp,
             llama.cpp-q8, llama.cpp-q4_0 and llama.cpp-q4_0-q8 (8-bit keys and values; weights in Q4_0). What is not
-            installed is left out; `python -m lococo.bench.peers` installs it.
+            installed is left out; `python -m lococo.bench.peers` installs it. full:32768 reads no prompt that is
+            longer, beside others that do.
         num_slots: Entries that survive a compression, per layer and key/value head.
         chunk_size: Tokens per forward pass.
-        repeats: Rounds, of which the medians are taken.
+        repeats: Rounds over all lengths and compressors, of which the medians are taken.
         decode_tokens: Tokens decoded after the prompt.
         exact_memory: Count only what tensors take, not what the allocator keeps of it; slower, so not for speeds.
         compiled: Compile the decoding of those that read with slots.
-        json: File for the results, one JSON object per line; replaced once all are there.
+        json: File for the results, one JSON object per line; replaced after every round
+            by the medians so far.
         plot: Picture to draw of speed and memory by length, such as bench.svg.
         model: Which model reads.
     """
@@ -52,38 +55,53 @@ def bench(
 
     from lococo.bench import measure
     from lococo.bench.readers import Setting
-    from lococo.progress import beyond, counting
+    from lococo.progress import counting
 
-    compressor = [name for name in compressor if _is_there(name)]
-    if not compressor:
+    longest = {name: limit for name, limit in map(_with_limit, compressor) if _is_there(name)}
+    if not longest:
         raise ArgumentError("nothing that was named can be measured here; name a compressor, such as mass-merge")
-    ids = measure.prompt(model.model, max(lengths))
-    with results_file(target) as results, counting("measurements") as progress:
-        total = len(lengths) * repeats * len(compressor)
-        for number, length in enumerate(lengths):
-            settings = [
-                Setting(
-                    name,
-                    length,
-                    num_slots=num_slots,
-                    chunk_size=chunk_size,
-                    dtype=model.dtype,
-                    device=model.device,
-                    model=model.model,
-                    decode_tokens=decode_tokens,
-                    exact_memory=exact_memory,
-                    compiled=compiled,
-                )
-                for name in compressor
-            ]
-            tell = beyond(progress, number * repeats * len(compressor), total)
-            for row in measure.bench(settings, ids[:length], repeats=repeats, progress=tell):
-                results.add(row)
-    Console().print(measure.table(results.rows))
+    settings = [
+        Setting(
+            name,
+            length,
+            num_slots=num_slots,
+            chunk_size=chunk_size,
+            dtype=model.dtype,
+            device=model.device,
+            model=model.model,
+            decode_tokens=decode_tokens,
+            exact_memory=exact_memory,
+            compiled=compiled,
+        )
+        for length in lengths
+        for name, limit in longest.items()
+        if limit is None or length <= limit
+    ]
+    if not settings:
+        raise ArgumentError(f"no length is left to be measured of {lengths}; allow longer prompts than {longest}")
+    about = {ABOUT: about_this_run()}
+    with counting("measurements") as progress:
+        rows = measure.bench(
+            settings,
+            measure.prompt(model.model, max(lengths)),
+            repeats=repeats,
+            progress=lambda done: progress(done, repeats * len(settings)),
+            # What an interrupted run has measured is there, of fewer rounds.
+            each_round=lambda rows: write_atomically(target, as_lines([row | about for row in rows]).encode()),
+        )
+    Console().print(measure.table(rows))
     if picture is not None:
         from lococo.eval import plots
 
-        plots.save(plots.bench(results.rows), picture)
+        plots.save(plots.bench(rows), picture)
+
+
+def _with_limit(name: str) -> tuple[str, int | None]:
+    """Split what may be followed by a colon and the longest prompt that it is to read."""
+    name, colon, limit = name.partition(":")
+    if colon and not (limit.isdecimal() and int(limit)):
+        raise ArgumentError(f"expected a number of tokens behind {name}:, got {limit!r}; write it as {name}:32768")
+    return name, int(limit) if colon else None
 
 
 def _is_there(compressor: str) -> bool:

@@ -41,7 +41,7 @@ class Results:
         if file is not None and file.exists():
             rows, text = _rows_of(file)
             self._kept = _by_run(rows)
-            if (readable := _lines(rows)) != text:
+            if (readable := as_lines(rows)) != text:
                 write_atomically(file, readable.encode())
 
     def measured(self, settings: Row, measure: Callable[[], Row], *, of: str = "") -> Row:
@@ -95,7 +95,7 @@ class Results:
     def _write(self, row: Row) -> None:
         if self._file is not None:
             with self._file.open("a", encoding="utf-8") as file:
-                file.write(_lines([row]))
+                file.write(as_lines([row]))
 
 
 @contextmanager
@@ -109,9 +109,9 @@ def results_file(target: Path) -> Iterator[Results]:
     partial = target.with_name(target.name + ".partial")
     results = Results(partial, about_this_run(), finished=target)
     yield results
-    write_atomically(target, _lines(results.rows).encode())
+    write_atomically(target, as_lines(results.rows).encode())
     if unasked := results.unasked():
-        write_atomically(partial, _lines(unasked).encode())
+        write_atomically(partial, as_lines(unasked).encode())
     else:
         partial.unlink(missing_ok=True)
 
@@ -126,7 +126,8 @@ def _by_run(rows: list[Row]) -> dict[str, Row]:
     return {row[RUN]: row for row in rows if RUN in row}
 
 
-def _lines(rows: list[Row]) -> str:
+def as_lines(rows: list[Row]) -> str:
+    """Return rows as a file of JSON lines."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 

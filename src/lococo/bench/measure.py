@@ -58,14 +58,16 @@ def bench(
     *,
     repeats: int = 5,
     progress: Callable[[int], None] | None = None,
+    each_round: Callable[[list[Row]], None] | None = None,
 ) -> list[Row]:
-    """Measure settings of one length and dtype against each other, and the machine beside them.
+    """Measure settings of one dtype against each other, and the machine beside them.
 
     Args:
         settings: Run one after the other in each round, so that a slow minute of the machine meets all of them.
-        ids: The prompt.
+        ids: The longest prompt; shorter ones are its beginning.
         repeats: Rounds.
         progress: Called with the number of measurements done.
+        each_round: Called after every round with the rows of all rounds so far.
 
     Returns:
         One row per setting: its fields, the median of every figure, per figure the smallest and largest value under
@@ -77,21 +79,28 @@ def bench(
     """
     measured: list[list[Row]] = [[] for _ in settings]
     machines: list[Row] = []
-    for turn in range(repeats * len(settings)):
-        which = turn % len(settings)
-        if which == 0:
-            machines.append(in_new_process("machine", {"dtype": settings[0].dtype, "device": settings[0].device}))
-        measured[which].append(measure_in_new_process(settings[which], ids))
-        if progress is not None:
-            progress(turn + 1)
-    limits = {name: median(each[name] for each in machines) for name in machines[0]}
-    return [
+    rows: list[Row] = []
+    for turn in range(repeats):
+        machines.append(in_new_process("machine", {"dtype": settings[0].dtype, "device": settings[0].device}))
+        for number, setting in enumerate(settings):
+            measured[number].append(measure_in_new_process(setting, ids[: setting.length]))
+            if progress is not None:
+                progress(turn * len(settings) + number + 1)
+        limits = {name: median(each[name] for each in machines) for name in machines[0]}
+        rows = [_medians(setting, each, limits) for setting, each in zip(settings, measured, strict=True)]
+        if each_round is not None:
+            each_round(rows)
+    return rows
+
+
+def _medians(setting: Setting, measured: list[Row], limits: Row) -> Row:
+    return (
         asdict(setting)
-        | {figure: median(row[figure] for row in rows) for figure in FIGURES}
-        | {"repeats": repeats, "spread": {f: [min(r[f] for r in rows), max(r[f] for r in rows)] for f in FIGURES}}
-        | {"roofline": _roofline(rows[0], len(ids), limits)}
-        for rows, setting in zip(measured, settings, strict=True)
-    ]
+        | {figure: median(row[figure] for row in measured) for figure in FIGURES}
+        | {"repeats": len(measured)}
+        | {"spread": {f: [min(r[f] for r in measured), max(r[f] for r in measured)] for f in FIGURES}}
+        | {"roofline": _roofline(measured[0], setting.length, limits)}
+    )
 
 
 def _roofline(row: Row, length: int, limits: Row) -> Row:

@@ -5,7 +5,8 @@ import torch
 from families import tiny, tokens
 
 import lococo
-from lococo.attention import PREFIX, register
+from lococo.attention import PREFIX, _by_products, register
+from lococo.fast import SWITCH
 
 
 @torch.no_grad()
@@ -75,6 +76,41 @@ def test_one_row_without_copies_is_what_the_model_itself_computes(compressor, mo
     assert seen
     torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
     torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_products_of_matrices_are_attention_within_rounding(with_bias):
+    query, key, value = (torch.randn(1, heads, n, 16).bfloat16() for heads, n in ((6, 20), (2, 50), (2, 50)))
+    bias = torch.randn(1, 2, 20, 50).masked_fill(torch.arange(50) > 30 + torch.arange(20)[:, None], -torch.inf)
+    bias = bias.bfloat16() if with_bias else None
+    output = _by_products(query, key, value, bias, 0.3)
+    logits = query.double() @ key.double().repeat_interleave(3, 1).transpose(2, 3) * 0.3
+    logits = logits if bias is None else logits + bias.double().repeat_interleave(3, 1)
+    expected = (logits.softmax(-1) @ value.double().repeat_interleave(3, 1)).transpose(1, 2)
+    assert output.shape == (1, 20, 6, 16)
+    assert output.dtype == torch.bfloat16
+    assert (output.double() - expected).norm() / expected.norm() < 2**-7
+
+
+@pytest.mark.parametrize("compressor", ["streaming-llm", "mass-merge"])
+@torch.no_grad()
+def test_the_switch_takes_the_naive_twins_which_agree(compressor, monkeypatch):
+    model, ids, taken = tiny().bfloat16(), tokens(1, 56 if compressor == "mass-merge" else 150), []
+    fast = lococo.attention._by_products
+
+    def watched(*given):
+        taken.append(given[0].shape)
+        return fast(*given)
+
+    monkeypatch.setattr(lococo.attention, "_by_products", watched)
+    outputs = []
+    for naive in ("0", "1"):
+        monkeypatch.setenv(SWITCH, naive)
+        before = len(taken)
+        with lococo.attach(model, compressor, num_slots=40, chunk_size=16) as slots:
+            outputs.append(model(ids, past_key_values=slots.new_cache()).logits.float())
+        assert (len(taken) > before) == (naive == "0")
+    assert torch.nn.functional.cosine_similarity(*outputs, -1).min() > 0.99
 
 
 def test_the_name_tells_what_it_stands_on():

@@ -4,7 +4,9 @@ from families import tiny, tokens
 from transformers import DynamicCache
 
 import lococo
-from lococo.entries import attention_mass
+from lococo.entries import Entries, attention_mass
+from lococo.fast import SWITCH
+from lococo.rope import LayerRotary
 
 
 def naive_mass(keys, log_mass, queries, scaling, visible=None, softcap=None, weight=None):
@@ -34,6 +36,46 @@ def test_attention_mass_equals_the_naive_loop(softcap, rows, monkeypatch):
     visible, weight = torch.randint(1, 12, (2, 7)), torch.rand(2, 7)
     mass = attention_mass(keys, log_mass, queries, scaling=0.5, softcap=softcap, visible=visible, weight=weight)
     torch.testing.assert_close(mass, naive_mass(keys, log_mass, queries, 0.5, visible, softcap, weight))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention_mass_in_half_precision_is_the_exact_one_within_rounding(softcap, monkeypatch):
+    keys, log_mass, queries = torch.randn(2, 3, 300, 16), torch.rand(2, 3, 300), torch.randn(2, 3, 2, 70, 16)
+    keys, queries, visible = keys.bfloat16(), queries.bfloat16(), torch.randint(1, 301, (2, 70))
+    options = {"scaling": 0.25, "softcap": softcap, "visible": visible}
+    mass = attention_mass(keys, log_mass, queries, **options)
+    monkeypatch.setenv(SWITCH, "1")
+    exact = attention_mass(keys, log_mass, queries, **options)
+    torch.testing.assert_close(exact, attention_mass(keys.float(), log_mass, queries.float(), **options))
+    assert mass.dtype == torch.float32
+    assert 0 < (mass - exact).norm() / exact.norm() < 2**-7
+
+
+@pytest.mark.parametrize(("count", "asked"), [(1023, 512), (1024, 256), (1500, 256)])
+def test_looking_ahead_asks_every_second_query_of_long_chunks_where_many_entries_stay(count, asked, monkeypatch):
+    seen = []
+
+    def mass(keys, log_mass, queries, **options):
+        seen.append(queries)
+        return attention_mass(keys, log_mass, queries, **options)
+
+    monkeypatch.setattr("lococo.entries.attention_mass", mass)
+    shape = (1, 2, count)
+    queries = torch.randn(1, 2, 3, 512, 8)
+    entries = Entries(
+        keys=torch.randn(*shape, 8),
+        values=torch.randn(*shape, 8),
+        positions=torch.arange(count).float().expand(shape),
+        log_mass=torch.zeros(shape),
+        token_index=torch.arange(count).expand(shape),
+        mass=None,
+        queries=queries,
+        rotary=LayerRotary(None, None),
+        scaling=1.0,
+    )
+    assert entries.future_mass.sum().item() == pytest.approx(2 * 3 * asked, rel=1e-4)
+    torch.testing.assert_close(seen[0][..., -1, :], queries[..., -1, :])
+    torch.testing.assert_close(seen[0][..., 0, :], queries[..., 512 // asked - 1, :])
 
 
 def eager_maps(model, ids):

@@ -19,6 +19,7 @@ from lococo.chunked import ReadingInChunks
 from lococo.compressors import Compressor, Shape
 from lococo.errors import ArgumentError, LococoError, UnsupportedModelError
 from lococo.facts import ModelFacts, weights_fingerprint
+from lococo.fast import fast
 from lococo.graphs import linear_step
 from lococo.norms import norms_of
 from lococo.probe import Probe, probed
@@ -163,7 +164,7 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable
 
 def _logits(forward: Callable[[Tensor], Tensor], head: nn.Linear, hidden: Tensor) -> Tensor:
     """Read logits off hidden states, compiled for one row of them."""
-    if hidden.numel() != hidden.shape[-1] or torch.is_grad_enabled():
+    if hidden.numel() != hidden.shape[-1] or torch.is_grad_enabled() or not fast():
         return forward(hidden)
     return linear_step(hidden.reshape(-1), head.weight, head.bias).view(*hidden.shape[:-1], -1)
 

@@ -18,6 +18,7 @@ def bench(
     compressor: list[str],
     num_slots: int = 512,
     chunk_size: int = 256,
+    batch: tuple[int, ...] = (1,),
     repeats: int = 5,
     decode_tokens: int = 32,
     exact_memory: bool = False,
@@ -37,23 +38,24 @@ def bench(
             longer, beside others that do.
         num_slots: Entries that survive a compression, per layer and key/value head.
         chunk_size: Tokens per forward pass.
+        batch: Rows read side by side, one number or more; kvpress and llama.cpp read one.
         repeats: Rounds over all lengths and compressors, of which the medians are taken.
         decode_tokens: Tokens decoded after the prompt.
         exact_memory: Count only what tensors take, not what the allocator keeps of it; slower, so not for speeds.
         compiled: Compile the decoding of those that read with slots.
-        json: File for the results, one JSON object per line; replaced after every round
-            by the medians so far.
+        json: File for the results, one JSON object per line; replaced after every round by the medians so far.
         plot: Picture to draw of speed and memory by length, such as bench.svg.
         model: Which model reads.
     """
     check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, repeats=repeats, decode_tokens=decode_tokens)
-    check_named(lengths=lengths, compressor=compressor)
-    check_at_least_one(lengths=min(lengths))
+    check_named(lengths=lengths, compressor=compressor, batch=batch)
+    check_at_least_one(lengths=min(lengths), batch=min(batch))
     target = output_file(json)
     picture = plot_file(plot)
     from rich.console import Console
 
     from lococo.bench import measure
+    from lococo.bench.peers import PEERS
     from lococo.bench.readers import Setting
     from lococo.progress import counting
 
@@ -72,13 +74,16 @@ def bench(
             decode_tokens=decode_tokens,
             exact_memory=exact_memory,
             compiled=compiled,
+            batch=rows,
         )
         for length in lengths
         for name, limit in longest.items()
-        if limit is None or length <= limit
+        for rows in batch
+        if (limit is None or length <= limit) and (rows == 1 or name not in PEERS or PEERS[name].batches)
     ]
     if not settings:
-        raise ArgumentError(f"no length is left to be measured of {lengths}; allow longer prompts than {longest}")
+        limits = ", ".join(f"{name}:{limit}" for name, limit in longest.items())
+        raise ArgumentError(f"no length is left to be measured: all of {lengths} are beyond {limits}; raise a limit")
     about = {ABOUT: about_this_run()}
     with counting("measurements") as progress:
         rows = measure.bench(

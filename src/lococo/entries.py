@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lococo import kernels
+from lococo.fast import fast
 from lococo.rope import LayerRotary
 
 # Rows of an attention map that are held at once: (b h QUERY_ROWS s) floats.
 QUERY_ROWS = 384
 
-# Queries of a head that look ahead, at most; of more, some that are evenly spread, the last among them.
+# Of a chunk of n times as many, every n-th query looks ahead, in layers that keep at least as many entries as it has.
 LOOK_AHEAD_QUERIES = 256
 
 # Least length of a key or value that is divided by it.
@@ -117,8 +118,8 @@ class Entries:
         """Mass that the last chunk's queries would give from one chunk later, (b h s).
 
         The queries of the next chunk are unknown; those of the last one, rotated that many positions ahead and freed of
-        the causal mask, are their best stand-in. All of them, up to LOOK_AHEAD_QUERIES: fewer miss what the others
-        would have kept, and more, in chunks that are longer, gain too little for what they cost (docs/log.md).
+        the causal mask, are their best stand-in. All of them: some alone miss what the others would have kept,
+        but for long chunks in layers that keep much, see LOOK_AHEAD_QUERIES (docs/log.md).
         """
         queries = self._observed_queries()
         w, d = queries.shape[3:]
@@ -126,7 +127,7 @@ class Entries:
         queries = queries[:, :, :, (w - 1) % step :: step]
         # Keys that move back look to queries as if these had moved ahead, and are fewer.
         back = self.rotary.matrix(-float(w), d, queries.device) * self.scaling
-        keys = (self.keys.detach().float() @ back).to(self.keys.dtype)
+        keys = self.keys.detach().float() @ back
         return attention_mass(keys, self.log_mass, queries, scaling=1.0, softcap=self.softcap, sinks=self.sinks)
 
     def _observed_queries(self) -> Tensor:
@@ -199,11 +200,11 @@ def mass_in_blocks(
 ) -> Tensor:
     """Compute `attention_mass` from maps of QUERY_ROWS rows, in plain torch; without gradients.
 
-    Keys and queries in bfloat16 have their maps in bfloat16 on a CPU, where products of such matrices are twice as fast
+    Queries in bfloat16 have their maps in bfloat16 on a CPU, where products of such matrices are twice as fast
     (docs/log.md).
     """
     b, h, g, q, d = queries.shape
-    half = keys.dtype == queries.dtype == torch.bfloat16 and keys.device.type == "cpu"
+    half = queries.dtype == torch.bfloat16 and queries.device.type == "cpu" and fast()
     dtype = torch.bfloat16 if half else torch.float32
     count = keys.shape[2]
     # Rows that do not end where a vector ends cost a tenth more (docs/log.md): the rest is entries that nobody sees.
@@ -245,6 +246,6 @@ def mass_in_blocks(
             probabilities.mul_(left[..., None])
         if weight is not None:
             probabilities.view(b, h, *logits.shape[1:]).mul_(weight[:, None, which, None])
-        # Sums as a product, which adds in float32 whatever the map is made of.
-        mass += torch.bmm(ones[..., : block.shape[1]], probabilities)[:, 0]
+        # A product adds in float32 what is in half precision.
+        mass += torch.bmm(ones[..., : block.shape[1]], probabilities)[:, 0] if half else probabilities.sum(1)
     return mass.view(b, h, s)[..., :count]

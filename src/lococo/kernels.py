@@ -13,6 +13,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from lococo.fast import fast
+
 # What the kernels are made for; wider keys, such as latent attention's, would not fit into a multiprocessor.
 WIDEST = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,7 +23,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def usable(*tensors: Tensor) -> bool:
     """Tell whether the kernels take these queries, keys and values, (... d), and nobody needs a gradient."""
     return (
-        all(each.device.type == "cuda" and each.dtype in DTYPES and each.shape[-1] <= WIDEST for each in tensors)
+        fast()
+        and all(each.device.type == "cuda" and each.dtype in DTYPES and each.shape[-1] <= WIDEST for each in tensors)
         and not (torch.is_grad_enabled() and any(each.requires_grad for each in tensors))
         and _has_kernels(tensors[0].device)
     )

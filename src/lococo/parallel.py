@@ -12,6 +12,8 @@ from threading import Barrier
 
 import torch
 
+from lococo.fast import fast
+
 
 def each(pieces: Sequence[Callable[[], None]], devices: Set[torch.device]) -> None:
     """Do all pieces, in any order and several at a time; one after the other where gradients or autocast are on.
@@ -26,7 +28,7 @@ def each(pieces: Sequence[Callable[[], None]], devices: Set[torch.device]) -> No
     threads = torch.get_num_threads()
     on_cpu = all(device.type == "cpu" for device in devices)
     alone = threads == 1 or len(pieces) == 1 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
-    if alone or not on_cpu:
+    if alone or not on_cpu or not fast():
         for piece in pieces:
             piece()
         return

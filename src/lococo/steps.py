@@ -17,6 +17,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from lococo.cache import SlotCache
 from lococo.cache_name import CACHE_NAMES, cache_name
+from lococo.fast import fast
 from lococo.graphs import Graphs
 from lococo.slot_layer import SlotLayer
 
@@ -167,7 +168,8 @@ class Steps:
         inputs = arguments.get("input_ids", arguments.get("inputs_embeds"))
         asked = {name for name, value in arguments.items() if value is not None and value is not False}
         return (
-            inputs is not None
+            fast()
+            and inputs is not None
             and inputs.shape[1] == 1
             and cache.rows.seen > 0
             and asked <= KNOWN

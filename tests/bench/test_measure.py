@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lococo import cli
 from lococo.bench import measure
+from lococo.bench.peers import Peer
 from lococo.bench.readers import Setting
 from lococo.cache import SlotCache
 from lococo.errors import LococoError
@@ -21,7 +22,7 @@ def test_settings_take_turns_and_medians_are_reported(monkeypatch):
     order, values = [], iter([1, 10, 5, 30, 3, 20])
 
     def measured(setting, ids):
-        assert ids == [7] * 100
+        assert ids == [7] * setting.length
         order.append(setting.compressor)
         figures = dict.fromkeys(measure.FIGURES, next(values))
         return figures | {"kv_bytes": 2e9, "weight_bytes": 8e9, "operations": 2e12}
@@ -33,8 +34,12 @@ def test_settings_take_turns_and_medians_are_reported(monkeypatch):
     bandwidths = iter([50e9, 20e9, 40e9])
     monkeypatch.setattr(measure, "measure_in_new_process", measured)
     monkeypatch.setattr(measure, "in_new_process", machine)
-    counted = []
-    rows = measure.bench([Setting("full", 100), Setting("h2o", 100)], [7] * 100, repeats=3, progress=counted.append)
+    counted, so_far = [], []
+    settings = [Setting("full", 80), Setting("h2o", 100)]
+    rows = measure.bench(settings, [7] * 100, repeats=3, progress=counted.append, each_round=so_far.append)
+    assert [each[1]["prefill_tokens_per_s"] for each in so_far] == [10, 20, 20]
+    assert [each[1]["repeats"] for each in so_far] == [1, 2, 3]
+    assert so_far[-1] == rows
     assert order == ["machine", "full", "h2o"] * 3
     assert counted == [1, 2, 3, 4, 5, 6]
     assert [row["prefill_tokens_per_s"] for row in rows] == [3, 20]
@@ -44,7 +49,7 @@ def test_settings_take_turns_and_medians_are_reported(monkeypatch):
     assert rows[1]["roofline"]["prefill_tokens_per_s"] == 50
     assert {"compressor", "length", "num_slots", "dtype"} <= rows[0].keys()
     console = Console(record=True, width=170, file=io.StringIO())
-    console.print(measure.table(rows))
+    console.print(measure.table([row | {"length": 100} for row in rows]))
     said = console.export_text()
     assert "20.0 (6.67x)" in said
     assert "40%" in said
@@ -141,3 +146,26 @@ def test_the_verb_leaves_out_what_is_not_installed(tmp_path, monkeypatch, capsys
     asked = ["bench", "--lengths", "60", "--compressor", "kvpress-snapkv", "--json", str(target), "--model", model]
     assert cli.main(asked) != 0
     assert "nothing that was named can be measured here" in capsys.readouterr().err
+
+
+def test_a_limit_keeps_a_compressor_from_longer_prompts(tmp_path, monkeypatch, capsys):
+    target, asked = tmp_path / "out.jsonl", []
+
+    def bench(settings, ids, **options):
+        asked.extend((each.compressor, each.length) for each in settings)
+        raise LococoError("stopped")
+
+    monkeypatch.setattr(measure, "bench", bench)
+    words = ["bench", "--json", str(target), "--model", save_llama(tmp_path / "model"), "--lengths", "60", "90"]
+    assert cli.main([*words, "--compressor", "full:60", "h2o"]) != 0
+    assert asked == [("full", 60), ("h2o", 60), ("h2o", 90)]
+    assert not target.exists()
+    asked.clear()
+    monkeypatch.setitem(measure.PEERS, "llama.cpp", Peer(measure.with_slots, batches=False))
+    assert cli.main([*words, "--compressor", "llama.cpp", "full:60", "--batch", "1", "8"]) != 0
+    assert asked == [("llama.cpp", 60), ("full", 60), ("full", 60), ("llama.cpp", 90)]
+    for limit in ("", "0", "many"):
+        assert cli.main([*words, "--compressor", f"full:{limit}"]) != 0
+        assert f"expected a number of tokens behind full:, got '{limit}'" in capsys.readouterr().err
+    assert cli.main([*words, "--compressor", "full:50"]) != 0
+    assert "all of [60, 90] are beyond full:50" in capsys.readouterr().err

@@ -41,6 +41,19 @@ def test_slots_go_on_as_the_model_does_with_slots(model):
         assert follows == lococo.prefill(model, torch.tensor([IDS]), slots.new_cache())[0].argmax()
 
 
+@pytest.mark.parametrize("opened", [readers.with_full_cache, readers.with_slots])
+@torch.no_grad()
+def test_a_batch_reads_the_same_prompt_in_every_row(model, opened):
+    kind = "full" if opened is readers.with_full_cache else "mass-merge"
+    with opened(Setting(kind, 150, **SHAPE)) as alone, opened(Setting(kind, 150, batch=3, **SHAPE)) as together:
+        follows = alone.read(IDS)
+        assert together.read(IDS) == follows
+        assert together.step(follows) == alone.step(follows)
+        assert together.kv_bytes() == 3 * alone.kv_bytes()
+        assert together.work(150).operations == 3 * alone.work(150).operations
+        assert together.work(150).weight_bytes == alone.work(150).weight_bytes
+
+
 def test_a_quantised_cache_takes_a_byte_per_number(model):
     with readers.with_quantized_cache(Setting("quantized-fp8", 150), backend="fp8") as reader:
         reader.read(IDS)

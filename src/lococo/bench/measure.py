@@ -99,13 +99,14 @@ def _medians(setting: Setting, measured: list[Row], limits: Row) -> Row:
         | {figure: median(row[figure] for row in measured) for figure in FIGURES}
         | {"repeats": len(measured)}
         | {"spread": {f: [min(r[f] for r in measured), max(r[f] for r in measured)] for f in FIGURES}}
-        | {"roofline": _roofline(measured[0], setting.length, limits)}
+        | {"roofline": _roofline(measured[0], setting.length, setting.batch, limits)}
     )
 
 
-def _roofline(row: Row, length: int, limits: Row) -> Row:
-    reading = None if row["operations"] is None else limits["operations_per_s"] * length / row["operations"]
-    decoding = limits["bytes_per_s"] / (row["weight_bytes"] + row["kv_bytes"])
+def _roofline(row: Row, length: int, batch: int, limits: Row) -> Row:
+    operations = row["operations"]
+    reading = None if operations is None else limits["operations_per_s"] * batch * length / operations
+    decoding = limits["bytes_per_s"] * batch / (row["weight_bytes"] + row["kv_bytes"])
     return {"prefill_tokens_per_s": reading, "decode_tokens_per_s": decoding, **limits}
 
 
@@ -128,7 +129,8 @@ def table(rows: Sequence[Row]) -> "Table":
             speeds += [f"{row[figure]:,.1f} ({row[figure] / base[figure]:.2f}x)"]
             speeds += ["" if best is None else f"{row[figure] / best:.0%}"]
         memory = [mib(row[f]) for f in FIGURES[3:5]]
-        made.add_row(f"{row['length']:,}", row["compressor"], *speeds, f"{row[FIGURES[2]]:,.1f}", *memory)
+        rows_read = f" x {row['batch']}" if row["batch"] > 1 else ""
+        made.add_row(f"{row['length']:,}", row["compressor"] + rows_read, *speeds, f"{row[FIGURES[2]]:,.1f}", *memory)
     return made
 
 
@@ -175,7 +177,7 @@ def in_new_process(what: str, asked: Row, *, python: Path | None = None, exact_m
 
 
 def measure(setting: Setting, ids: Sequence[int]) -> Row:
-    """Read a prompt, decode a few tokens, and return the figures.
+    """Read a prompt, decode a few tokens, and return the figures, those per second of all rows together.
 
     Memory is the resident set's peak minus what the loaded and warmed-up model held before the prompt.
     """
@@ -197,8 +199,8 @@ def measure(setting: Setting, ids: Sequence[int]) -> Row:
         peak = peak_memory(reader.device_type) - before
         kv_bytes, work = reader.kv_bytes(), reader.work(len(ids))
     return {
-        "prefill_tokens_per_s": len(ids) / (read - start),
-        "decode_tokens_per_s": 1 / median(steps),
+        "prefill_tokens_per_s": setting.batch * len(ids) / (read - start),
+        "decode_tokens_per_s": setting.batch / median(steps),
         "decode_p95_s": sorted(steps)[math.ceil(0.95 * len(steps)) - 1],
         "time_to_first_token_s": read - start,
         "peak_memory_bytes": peak,

@@ -32,11 +32,13 @@ class Peer:
         opened: Opens its reader.
         needs: Package that it needs, "" for none.
         apart: Whether that package lives in an environment of its own.
+        batches: Whether it reads several rows side by side.
     """
 
     opened: Callable[[Setting], AbstractContextManager[Reader]]
     needs: str = ""
     apart: bool = False
+    batches: bool = True
 
     def absent(self) -> str:
         """Say why it cannot be measured here; "" if it can."""
@@ -175,12 +177,14 @@ PEERS: dict[str, Peer] = {
     "full": Peer(with_full_cache),
     "full-chunked": Peer(partial(with_full_cache, chunked=True)),
     "quantized-fp8": Peer(partial(with_quantized_cache, backend="fp8")),
-    "kvpress-snapkv": Peer(partial(_kvpress, press="SnapKVPress"), "kvpress", apart=True),
-    "kvpress-expected-attention": Peer(partial(_kvpress, press="ExpectedAttentionPress"), "kvpress", apart=True),
-    "llama.cpp": Peer(_llama_cpp, "llama_cpp"),
-    "llama.cpp-q8": Peer(partial(_llama_cpp, cache="q8_0"), "llama_cpp"),
-    "llama.cpp-q4_0": Peer(partial(_llama_cpp, requantised=True), "llama_cpp"),
-    "llama.cpp-q4_0-q8": Peer(partial(_llama_cpp, requantised=True, cache="q8_0"), "llama_cpp"),
+    "kvpress-snapkv": Peer(partial(_kvpress, press="SnapKVPress"), "kvpress", apart=True, batches=False),
+    "kvpress-expected-attention": Peer(
+        partial(_kvpress, press="ExpectedAttentionPress"), "kvpress", apart=True, batches=False
+    ),
+    "llama.cpp": Peer(_llama_cpp, "llama_cpp", batches=False),
+    "llama.cpp-q8": Peer(partial(_llama_cpp, cache="q8_0"), "llama_cpp", batches=False),
+    "llama.cpp-q4_0": Peer(partial(_llama_cpp, requantised=True), "llama_cpp", batches=False),
+    "llama.cpp-q4_0-q8": Peer(partial(_llama_cpp, requantised=True, cache="q8_0"), "llama_cpp", batches=False),
 }
 
 

@@ -28,6 +28,7 @@ class Setting:
         exact_memory: Take and give back memory in the pieces that tensors ask for. The allocator otherwise keeps what
             was freed, between 15 and 45 MiB of it from run to run, and is faster for it.
         compiled: Compile the decoding of those that read with slots.
+        batch: Rows that are read side by side, all of the same prompt.
     """
 
     compressor: str
@@ -40,6 +41,7 @@ class Setting:
     decode_tokens: int = 32
     exact_memory: bool = False
     compiled: bool = False
+    batch: int = 1
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,12 @@ class Reader(Protocol):
 class Transformers:
     """A model of transformers and one of its caches."""
 
-    def __init__(self, model: Any, new_cache: Callable[[], Any], *, chunk_size: int | None = None) -> None:
+    def __init__(
+        self, model: Any, new_cache: Callable[[], Any], *, chunk_size: int | None = None, batch: int = 1
+    ) -> None:
         """Take a model and what makes an empty cache; `chunk_size` None reads a prompt in one forward pass."""
         self.model = model
+        self.batch = batch
         self.device_type: str = model.device.type
         self.new_cache = new_cache
         self.chunk_size = chunk_size
@@ -115,10 +120,14 @@ class Transformers:
         return int(output.logits[0, -1].argmax())
 
     def inputs(self, ids: Sequence[int]) -> dict[str, Any]:
-        """Return what the model is told of the tokens that follow."""
+        """Return what the model is told of the tokens that follow in every row."""
+        return {"input_ids": self.rows(ids)}
+
+    def rows(self, ids: Sequence[int]) -> Any:
+        """Return the same tokens for every row, (b n)."""
         import torch
 
-        return {"input_ids": torch.tensor([list(ids)], device=self.model.device)}
+        return torch.tensor([list(ids)], device=self.model.device).repeat(self.batch, 1)
 
     def attended(self, length: int) -> float:
         """Return how many entries a prompt's tokens attend to, on average."""
@@ -134,7 +143,7 @@ class Transformers:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         attention = 4 * config.num_hidden_layers * config.num_attention_heads * head_dim * self.attended(length)
         multiplied = sum(weight.numel() for weight in inner if weight.dim() > 1)
-        return Work(size, length * (2 * multiplied + attention) + 2 * head.numel())
+        return Work(size, self.batch * (length * (2 * multiplied + attention) + 2 * head.numel()))
 
     def kv_bytes(self) -> int:
         """See `Reader`."""
@@ -154,12 +163,9 @@ class Slots(Transformers):
         return self._forward(ids)
 
     def _forward(self, ids: Sequence[int]) -> int:
-        import torch
-
         from lococo.reader import prefill
 
-        rows = torch.tensor([list(ids)], device=self.model.device)
-        return int(prefill(self.model, rows, self.cache)[0].argmax())
+        return int(prefill(self.model, self.rows(ids), self.cache)[0].argmax())
 
     def kv_bytes(self) -> int:
         """See `Reader`."""
@@ -189,7 +195,7 @@ def with_slots(setting: Setting) -> Iterator[Reader]:
     model = _loaded(setting)
     options: dict[str, Any] = {name: getattr(setting, name) for name in ("num_slots", "chunk_size", "compiled")}
     with attach(model, setting.compressor, **options) as slots, torch.no_grad():
-        yield Slots(model, slots.new_cache)
+        yield Slots(model, slots.new_cache, batch=setting.batch)
 
 
 @contextmanager
@@ -201,7 +207,7 @@ def with_full_cache(setting: Setting, *, chunked: bool = False) -> Iterator[Read
     model = _loaded(setting)
     with torch.no_grad():
         size = setting.chunk_size if chunked else None
-        yield Transformers(model, lambda: DynamicCache(config=model.config), chunk_size=size)
+        yield Transformers(model, lambda: DynamicCache(config=model.config), chunk_size=size, batch=setting.batch)
 
 
 @contextmanager
@@ -212,7 +218,7 @@ def with_quantized_cache(setting: Setting, **options: Any) -> Iterator[Reader]:
 
     model = _loaded(setting)
     with torch.no_grad():
-        yield Transformers(model, lambda: QuantizedCache(config=model.config, **options))
+        yield Transformers(model, lambda: QuantizedCache(config=model.config, **options), batch=setting.batch)
 
 
 def _loaded(setting: Setting) -> Any:

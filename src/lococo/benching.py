@@ -23,6 +23,8 @@ def bench(
     decode_tokens: int = 32,
     exact_memory: bool = False,
     compiled: bool = False,
+    text: tuple[str, ...] = (),
+    scored_tokens: int = 256,
     json: str,
     plot: str | None = None,
     model: ModelOptions,
@@ -43,11 +45,20 @@ def bench(
         decode_tokens: Tokens decoded after the prompt.
         exact_memory: Count only what tensors take, not what the allocator keeps of it; slower, so not for speeds.
         compiled: Compile the decoding of those that read with slots.
+        text: Texts whose beginnings are the prompts, another one in each round; how likely what follows is, in nats per
+            token, is measured along. By default the prompt is the demo's text again and again, and nothing is scored.
+        scored_tokens: Tokens behind a prompt of `text` that are scored.
         json: File for the results, one JSON object per line; replaced after every round by the medians so far.
         plot: Picture to draw of speed and memory by length, such as bench.svg.
         model: Which model reads.
     """
-    check_at_least_one(num_slots=num_slots, chunk_size=chunk_size, repeats=repeats, decode_tokens=decode_tokens)
+    check_at_least_one(
+        num_slots=num_slots,
+        chunk_size=chunk_size,
+        repeats=repeats,
+        decode_tokens=decode_tokens,
+        scored_tokens=scored_tokens,
+    )
     check_named(lengths=lengths, compressor=compressor, batch=batch)
     check_at_least_one(lengths=min(lengths), batch=min(batch))
     target = output_file(json)
@@ -75,6 +86,7 @@ def bench(
             exact_memory=exact_memory,
             compiled=compiled,
             batch=rows,
+            scored_tokens=scored_tokens if text else 0,
         )
         for length in lengths
         for name, limit in longest.items()
@@ -84,11 +96,15 @@ def bench(
     if not settings:
         limits = ", ".join(f"{name}:{limit}" for name, limit in longest.items())
         raise ArgumentError(f"no length is left to be measured: all of {lengths} are beyond {limits}; raise a limit")
+    longest_prompt = max(setting.length for setting in settings)
+    texts = [measure.prompt(model.model, longest_prompt)]
+    if text:
+        texts = measure.beginnings(model.model, text, longest_prompt + scored_tokens)
     about = {ABOUT: about_this_run()}
     with counting("measurements") as progress:
         rows = measure.bench(
             settings,
-            measure.prompt(model.model, max(lengths)),
+            texts,
             repeats=repeats,
             progress=lambda done: progress(done, repeats * len(settings)),
             # What an interrupted run has measured is there, of fewer rounds.

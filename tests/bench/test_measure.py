@@ -22,24 +22,32 @@ def test_settings_take_turns_and_medians_are_reported(monkeypatch):
     order, values = [], iter([1, 10, 5, 30, 3, 20])
 
     def measured(setting, ids):
-        assert ids == [7] * setting.length
+        assert ids == [7 + len(machines_seen) % 2] * (setting.length + setting.scored_tokens)
         order.append(setting.compressor)
         figures = dict.fromkeys(measure.FIGURES, next(values))
-        return figures | {"kv_bytes": 2e9, "weight_bytes": 8e9, "operations": 2e12}
+        return figures | {
+            "nll": None if setting.compressor == "full" else len(order) / 10,
+            "kv_bytes": 2e9,
+            "weight_bytes": 8e9,
+            "operations": 2e12,
+        }
 
     def machine(what, asked):
         order.append(what)
+        machines_seen.append(what)
         return {"bytes_per_s": next(bandwidths), "operations_per_s": 1e12}
 
     bandwidths = iter([50e9, 20e9, 40e9])
     monkeypatch.setattr(measure, "measure_in_new_process", measured)
     monkeypatch.setattr(measure, "in_new_process", machine)
-    counted, so_far = [], []
-    settings = [Setting("full", 80), Setting("h2o", 100)]
-    rows = measure.bench(settings, [7] * 100, repeats=3, progress=counted.append, each_round=so_far.append)
+    counted, so_far, machines_seen = [], [], []
+    settings = [Setting("full", 80), Setting("h2o", 100, scored_tokens=5)]
+    rows = measure.bench(settings, [[8] * 105, [7] * 105], repeats=3, progress=counted.append, each_round=so_far.append)
     assert [each[1]["prefill_tokens_per_s"] for each in so_far] == [10, 20, 20]
     assert [each[1]["repeats"] for each in so_far] == [1, 2, 3]
     assert so_far[-1] == rows
+    assert [row["nll"] for row in rows] == [None, pytest.approx(0.6)]
+    assert rows[1]["spread"]["nll"] == [0.3, 0.9]
     assert order == ["machine", "full", "h2o"] * 3
     assert counted == [1, 2, 3, 4, 5, 6]
     assert [row["prefill_tokens_per_s"] for row in rows] == [3, 20]
@@ -52,6 +60,7 @@ def test_settings_take_turns_and_medians_are_reported(monkeypatch):
     console.print(measure.table([row | {"length": 100} for row in rows]))
     said = console.export_text()
     assert "20.0 (6.67x)" in said
+    assert "0.600" in said
     assert "40%" in said
 
 
@@ -74,7 +83,8 @@ def folder(tmp_path):
 def test_one_measurement(folder, compressor):
     setting = Setting(compressor, 300, num_slots=40, chunk_size=16, model=str(folder), decode_tokens=3)
     row = measure.measure(setting, measure.prompt(str(folder), 300))
-    assert set(row) == {*measure.FIGURES, "weight_bytes", "operations"}
+    assert set(row) == {*measure.FIGURES, "nll", "weight_bytes", "operations"}
+    assert row["nll"] is None
     entry = 2 * SMALL["num_hidden_layers"] * SMALL["num_key_value_heads"] * SMALL["head_dim"] * 4
     assert row["kv_bytes"] == entry * (56 if compressor == "mass-merge" else 303)
     assert row["prefill_tokens_per_s"] == pytest.approx(300 / row["time_to_first_token_s"])

@@ -41,6 +41,21 @@ def test_slots_go_on_as_the_model_does_with_slots(model):
         assert follows == lococo.prefill(model, torch.tensor([IDS]), slots.new_cache())[0].argmax()
 
 
+@torch.no_grad()
+def test_what_follows_a_prompt_is_scored(model):
+    expected = torch.nn.functional.cross_entropy(model(torch.tensor([IDS])).logits[0, 49:-1], torch.tensor(IDS[50:]))
+    with readers.with_full_cache(Setting("full", 50, **SHAPE)) as reader:
+        reader.read(IDS[:50])
+        assert reader.score(IDS[50:]) == pytest.approx(expected.item(), abs=1e-5)
+    with lococo.attach(model, "mass-merge", **SHAPE) as slots:
+        cache = slots.new_cache()
+        previous = lococo.prefill(model, torch.tensor([IDS[:50]]), cache)
+        expected = -lococo.score(model, torch.tensor([IDS[50:]]), cache, previous=previous).mean()
+    with readers.with_slots(Setting("mass-merge", 50, **SHAPE)) as reader:
+        reader.read(IDS[:50])
+        assert reader.score(IDS[50:]) == pytest.approx(expected.item(), abs=1e-5)
+
+
 @pytest.mark.parametrize("opened", [readers.with_full_cache, readers.with_slots])
 @torch.no_grad()
 def test_a_batch_reads_the_same_prompt_in_every_row(model, opened):

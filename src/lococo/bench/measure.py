@@ -17,14 +17,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
 import lococo
 from lococo.bench.peers import PEERS, python_of
 from lococo.bench.readers import Setting, with_slots
 from lococo.bench.roofline import machine
-from lococo.errors import LococoError
+from lococo.errors import ArgumentError, LococoError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,7 +54,7 @@ FIGURES = (
 
 def bench(
     settings: Sequence[Setting],
-    ids: Sequence[int],
+    texts: Sequence[Sequence[int]],
     *,
     repeats: int = 5,
     progress: Callable[[int], None] | None = None,
@@ -64,15 +64,16 @@ def bench(
 
     Args:
         settings: Run one after the other in each round, so that a slow minute of the machine meets all of them.
-        ids: The longest prompt; shorter ones are its beginning.
+        texts: Prompts and what follows them begin these; each round has another one, in turn.
         repeats: Rounds.
         progress: Called with the number of measurements done.
         each_round: Called after every round with the rows of all rounds so far.
 
     Returns:
         One row per setting: its fields, the median of every figure, per figure the smallest and largest value under
-        "spread", and under "roofline" the tokens per second that the machine could read and decode at best, from the
-        medians of its bandwidth and arithmetic; None where that is not known.
+        "spread", under "nll" the mean nats per token (None where nothing was scored), and under "roofline" the tokens
+        per second that the machine could read and decode at best, from the medians of its bandwidth and arithmetic;
+        None where that is not known.
 
     Raises:
         LococoError: If a measurement fails; the message is the process's own.
@@ -83,7 +84,8 @@ def bench(
     for turn in range(repeats):
         machines.append(in_new_process("machine", {"dtype": settings[0].dtype, "device": settings[0].device}))
         for number, setting in enumerate(settings):
-            measured[number].append(measure_in_new_process(setting, ids[: setting.length]))
+            ids = texts[turn % len(texts)][: setting.length + setting.scored_tokens]
+            measured[number].append(measure_in_new_process(setting, ids))
             if progress is not None:
                 progress(turn * len(settings) + number + 1)
         limits = {name: median(each[name] for each in machines) for name in machines[0]}
@@ -94,11 +96,13 @@ def bench(
 
 
 def _medians(setting: Setting, measured: list[Row], limits: Row) -> Row:
+    told = [row["nll"] for row in measured if row["nll"] is not None]
+    spread = {f: [min(r[f] for r in measured), max(r[f] for r in measured)] for f in FIGURES}
     return (
         asdict(setting)
         | {figure: median(row[figure] for row in measured) for figure in FIGURES}
-        | {"repeats": len(measured)}
-        | {"spread": {f: [min(r[f] for r in measured), max(r[f] for r in measured)] for f in FIGURES}}
+        | {"nll": mean(told) if told else None, "repeats": len(measured)}
+        | {"spread": spread | ({"nll": [min(told), max(told)]} if told else {})}
         | {"roofline": _roofline(measured[0], setting.length, setting.batch, limits)}
     )
 
@@ -118,7 +122,8 @@ def table(rows: Sequence[Row]) -> "Table":
 
     made = Table("tokens", "compressor", title="medians; factors are to the first compressor of the same length")
     headings = "read tokens/s", "of roofline", "decode tokens/s", "of roofline", "first token s", "peak memory"
-    for heading in (*headings, "keys and values"):
+    scored = any(row["nll"] is not None for row in rows)
+    for heading in (*headings, "keys and values", *(["nats per token"] if scored else [])):
         made.add_column(heading, justify="right")
     first: dict[int, Row] = {}
     for row in rows:
@@ -130,7 +135,9 @@ def table(rows: Sequence[Row]) -> "Table":
             speeds += ["" if best is None else f"{row[figure] / best:.0%}"]
         memory = [mib(row[f]) for f in FIGURES[3:5]]
         rows_read = f" x {row['batch']}" if row["batch"] > 1 else ""
-        made.add_row(f"{row['length']:,}", row["compressor"] + rows_read, *speeds, f"{row[FIGURES[2]]:,.1f}", *memory)
+        nll = [] if not scored else ["" if row["nll"] is None else f"{row['nll']:.3f}"]
+        name, waited = row["compressor"] + rows_read, f"{row[FIGURES[2]]:,.1f}"
+        made.add_row(f"{row['length']:,}", name, *speeds, waited, *memory, *nll)
     return made
 
 
@@ -179,8 +186,13 @@ def in_new_process(what: str, asked: Row, *, python: Path | None = None, exact_m
 def measure(setting: Setting, ids: Sequence[int]) -> Row:
     """Read a prompt, decode a few tokens, and return the figures, those per second of all rows together.
 
-    Memory is the resident set's peak minus what the loaded and warmed-up model held before the prompt.
+    Memory is the resident set's peak while reading, minus what the loaded and warmed-up model held before.
+
+    Args:
+        setting: What to measure.
+        ids: The prompt, and behind it what is scored.
     """
+    ids, follows = ids[: setting.length], ids[setting.length :]
     peer = PEERS.get(setting.compressor)
     with (with_slots if peer is None else peer.opened)(setting) as reader:
         # As far as the first compression, so that all code has run once.
@@ -191,14 +203,16 @@ def measure(setting: Setting, ids: Sequence[int]) -> Row:
         start = time.perf_counter()
         token = reader.read(ids)
         read = time.perf_counter()
+        peak = peak_memory(reader.device_type) - before
+        kv_bytes, work = reader.kv_bytes(), reader.work(len(ids))
+        nll = reader.score(follows) if follows else None
         steps = []
         for _ in range(setting.decode_tokens):
             begun = time.perf_counter()
             token = reader.step(token)
             steps.append(time.perf_counter() - begun)
-        peak = peak_memory(reader.device_type) - before
-        kv_bytes, work = reader.kv_bytes(), reader.work(len(ids))
     return {
+        "nll": nll,
         "prefill_tokens_per_s": setting.batch * len(ids) / (read - start),
         "decode_tokens_per_s": setting.batch / median(steps),
         "decode_p95_s": sorted(steps)[math.ceil(0.95 * len(steps)) - 1],
@@ -219,6 +233,26 @@ def prompt(model: str | None, length: int) -> list[int]:
     tokenizer, text = load_tokenizer(model), demo_text()
     pieces = (piece for _ in itertools.count() for piece in encode_stream(tokenizer, [text]))
     return list(itertools.islice(itertools.chain.from_iterable(pieces), length))
+
+
+def beginnings(model: str | None, files: Sequence[str], length: int) -> list[list[int]]:
+    """Return so many tokens of the beginning of each text.
+
+    Raises:
+        ArgumentError: If a text is shorter; says what it has.
+    """
+    from lococo.documents import read_text
+    from lococo.models import load_tokenizer
+    from lococo.tokenization import encode_stream
+
+    tokenizer, made = load_tokenizer(model), []
+    for file in files:
+        pieces = encode_stream(tokenizer, read_text(file))
+        ids = list(itertools.islice(itertools.chain.from_iterable(pieces), length))
+        if len(ids) < length:
+            raise ArgumentError(f"{file} has {len(ids):,} tokens, and {length:,} are to be read; give a longer text")
+        made.append(ids)
+    return made
 
 
 def reset_peak(device_type: str) -> int:

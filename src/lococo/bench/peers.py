@@ -108,6 +108,10 @@ class LlamaCpp:
         """See `Reader`."""
         return self._forward([token])
 
+    def score(self, ids: Sequence[int]) -> float | None:
+        """See `Reader`; not told, since logits of all tokens would be kept of the prompt as well."""
+        return None
+
     def forget(self) -> None:
         """See `Reader`; the memory stays taken."""
         self.llama.reset()

@@ -29,6 +29,7 @@ class Setting:
             was freed, between 15 and 45 MiB of it from run to run, and is faster for it.
         compiled: Compile the decoding of those that read with slots.
         batch: Rows that are read side by side, all of the same prompt.
+        scored_tokens: Tokens behind the prompt whose likelihood is measured.
     """
 
     compressor: str
@@ -42,6 +43,7 @@ class Setting:
     exact_memory: bool = False
     compiled: bool = False
     batch: int = 1
+    scored_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,10 @@ class Reader(Protocol):
         """Read one more token, and return the next."""
         ...
 
+    def score(self, ids: Sequence[int]) -> float | None:
+        """Read how the text goes on; return the mean nats per token, None where that is not told."""
+        ...
+
     def forget(self) -> None:
         """Give back the memory of what was read."""
         ...
@@ -96,6 +102,7 @@ class Transformers:
         self.new_cache = new_cache
         self.chunk_size = chunk_size
         self.cache: Any = None
+        self.latest: Any = None  # logits after what was read, (1 v)
 
     def read(self, ids: Sequence[int]) -> int:
         """See `Reader`."""
@@ -110,14 +117,25 @@ class Transformers:
         """See `Reader`."""
         return self._forward([token])
 
+    def score(self, ids: Sequence[int]) -> float | None:
+        """See `Reader`."""
+        import torch
+
+        logits = torch.cat([self.latest, self._logits(ids, keep=0)])[:-1].float()
+        return float(torch.nn.functional.cross_entropy(logits, self.rows(ids)[0]))
+
     def forget(self) -> None:
         """See `Reader`."""
-        self.cache = None
+        self.cache = self.latest = None
 
     def _forward(self, ids: Sequence[int]) -> int:
+        self.latest = self._logits(ids, keep=1)
+        return int(self.latest[0].argmax())
+
+    def _logits(self, ids: Sequence[int], *, keep: int) -> Any:
+        """Read tokens; return the first row's logits of so many of the last, 0: of all, (n v)."""
         inputs = self.inputs(ids) | {cache_name(self.model): self.cache}
-        output = self.model(**inputs, use_cache=True, logits_to_keep=1)
-        return int(output.logits[0, -1].argmax())
+        return self.model(**inputs, use_cache=True, logits_to_keep=keep).logits[0]
 
     def inputs(self, ids: Sequence[int]) -> dict[str, Any]:
         """Return what the model is told of the tokens that follow in every row."""
@@ -162,10 +180,15 @@ class Slots(Transformers):
         self.cache = self.new_cache()
         return self._forward(ids)
 
-    def _forward(self, ids: Sequence[int]) -> int:
-        from lococo.reader import prefill
+    def _logits(self, ids: Sequence[int], *, keep: int) -> Any:
+        """Read tokens in chunks; return the first row's logits, see `Transformers`."""
+        import torch
 
-        return int(prefill(self.model, self.rows(ids), self.cache)[0].argmax())
+        from lococo.reader import prefill, read
+
+        if keep:
+            return prefill(self.model, self.rows(ids), self.cache)[:1]
+        return torch.cat([piece.logits[0] for piece in read(self.model, self.rows(ids), self.cache, all_logits=True)])
 
     def kv_bytes(self) -> int:
         """See `Reader`."""

@@ -307,17 +307,20 @@ def _inside(rows: list[Row], baseline: str) -> Section:
 
 
 def _bench(rows: list[Row], baseline: str) -> Section:
+    scored = any(row.get("nll") is not None for row in rows)
     lines = [
         [
-            *_words(row["compressor"]),
-            *_wholes(row, "length", "num_slots"),
+            *_words(row["compressor"], row["dtype"]),
+            *_wholes(row | {"batch": row.get("batch", 1)}, "length", "num_slots", "chunk_size", "batch"),
             *(cell for name in SPEEDS for cell in (_spread(row, name), _of_roofline(row, name))),
             *(Cell(mib(row[name]), row[name]) for name in ("kv_bytes", "peak_memory_bytes")),
+            *([_scored(row)] if scored else []),
         ]
         for row in rows
     ]
     speeds = ["read per second", "of roofline", "decoded per second", "of roofline"]
-    headings = ["compressor", "tokens", "slots", *speeds, "keys and values", "peak"]
+    headings = ["compressor", "dtype", "tokens", "slots", "chunk", "rows", *speeds, "keys and values", "peak"]
+    headings += ["nats per token of what follows"] if scored else []
     words = (
         "Speed and memory, each measurement in a fresh process, compressors taking turns; medians and extremes. The "
         "roofline is what the machine's arithmetic (reading) and bandwidth (decoding) allow, measured in the same run."
@@ -346,6 +349,10 @@ def _tuning(rows: list[Row], baseline: str) -> Section:
 def _of_roofline(row: Row, name: str) -> Cell:
     best = row.get("roofline", {}).get(name)
     return Cell("", -1) if best is None else Cell(f"{row[name] / best:.0%}", row[name] / best)
+
+
+def _scored(row: Row) -> Cell:
+    return Cell("", -1) if row.get("nll") is None else _between(row["nll"], *row["spread"]["nll"])
 
 
 def _spread(row: Row, name: str) -> Cell:

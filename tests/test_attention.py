@@ -95,7 +95,7 @@ def test_products_of_matrices_are_attention_within_rounding(with_bias):
 @pytest.mark.parametrize("compressor", ["streaming-llm", "mass-merge"])
 @torch.no_grad()
 def test_the_switch_takes_the_naive_twins_which_agree(compressor, monkeypatch):
-    model, ids, taken = tiny().bfloat16(), tokens(1, 56 if compressor == "mass-merge" else 150), []
+    model, ids, taken = copy.deepcopy(tiny()).bfloat16(), tokens(1, 56 if compressor == "mass-merge" else 150), []
     fast = lococo.attention._by_products
 
     def watched(*given):

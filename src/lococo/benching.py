@@ -93,13 +93,19 @@ def bench(
         for rows in batch
         if (limit is None or length <= limit) and (rows == 1 or name not in PEERS or PEERS[name].batches)
     ]
+    if alone := [name for name in longest if max(batch) > 1 and name in PEERS and not PEERS[name].batches]:
+        print(f"{', '.join(alone)}: left out of batches, since they read one row at a time", file=sys.stderr)
     if not settings:
-        limits = ", ".join(f"{name}:{limit}" for name, limit in longest.items())
-        raise ArgumentError(f"no length is left to be measured: all of {lengths} are beyond {limits}; raise a limit")
+        limits = ", ".join(f"{name}:{limit}" for name, limit in longest.items() if limit is not None)
+        raise ArgumentError(
+            f"nothing is left to be measured of lengths {lengths} and batches {list(batch)}; "
+            f"raise the limits ({limits or 'there are none'}), or name a compressor that reads batches"
+        )
     longest_prompt = max(setting.length for setting in settings)
-    texts = [measure.prompt(model.model, longest_prompt)]
     if text:
         texts = measure.beginnings(model.model, text, longest_prompt + scored_tokens)
+    else:
+        texts = [measure.prompt(model.model, longest_prompt)]
     about = {ABOUT: about_this_run()}
     with counting("measurements") as progress:
         rows = measure.bench(

@@ -118,6 +118,7 @@ def table(rows: Sequence[Row]) -> "Table":
     """Lay the medians out for people, with how they compare to the first setting of the same length."""
     from rich.table import Table
 
+    from lococo.eval.labels import with_rows
     from lococo.progress import mib
 
     made = Table("tokens", "compressor", title="medians; factors are to the first compressor of the same length")
@@ -134,9 +135,8 @@ def table(rows: Sequence[Row]) -> "Table":
             speeds += [f"{row[figure]:,.1f} ({row[figure] / base[figure]:.2f}x)"]
             speeds += ["" if best is None else f"{row[figure] / best:.0%}"]
         memory = [mib(row[f]) for f in FIGURES[3:5]]
-        rows_read = f" x {row['batch']}" if row["batch"] > 1 else ""
         nll = [] if not scored else ["" if row["nll"] is None else f"{row['nll']:.3f}"]
-        name, waited = row["compressor"] + rows_read, f"{row[FIGURES[2]]:,.1f}"
+        name, waited = with_rows(row), f"{row[FIGURES[2]]:,.1f}"
         made.add_row(f"{row['length']:,}", name, *speeds, waited, *memory, *nll)
     return made
 

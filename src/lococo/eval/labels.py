@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from lococo.errors import ArgumentError
 
@@ -25,3 +26,9 @@ def check_labels(compressors: Iterable[str]) -> None:
     labels = [label(name) for name in dict.fromkeys(compressors)]
     if len(set(labels)) < len(labels):
         raise ArgumentError(f"rows tell compressors apart by {', '.join(labels)}; rename folders so that they differ")
+
+
+def with_rows(row: dict[str, Any]) -> str:
+    """Name the compressor of a row of `lococo bench`, and how many rows it read side by side where it is several."""
+    batch = row.get("batch", 1)
+    return str(row["compressor"]) + (f" x {batch}" if batch > 1 else "")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lococo.errors import ArgumentError
+from lococo.eval.labels import with_rows
 from lococo.results import Row
 
 if TYPE_CHECKING:
@@ -141,13 +142,13 @@ def bench(rows: Sequence[Row]) -> "Figure":
         "peak_memory_bytes": ("peak memory beside the model, MiB", 2**20),
     }
 
-    names = list(dict.fromkeys(row["compressor"] for row in rows))
+    names = list(dict.fromkeys(map(with_rows, rows)))
     lengths = sorted({row["length"] for row in rows})
 
     def draw(panel: "Axes", figure: Any) -> None:
         words, unit = figures[figure]
         for name in names:
-            drawn = sorted((row for row in rows if row["compressor"] == name), key=lambda row: row["length"])
+            drawn = sorted((row for row in rows if with_rows(row) == name), key=lambda row: row["length"])
             ends = [[end / unit for end in row["spread"][figure]] for row in drawn]
             scaled = [{"at": row[figure] / unit, "low": e[0], "high": e[1]} for row, e in zip(drawn, ends, strict=True)]
             places = [lengths.index(row["length"]) + 0.05 * names.index(name) for row in drawn]

@@ -51,8 +51,10 @@ def test_attention_mass_in_half_precision_is_the_exact_one_within_rounding(softc
     assert 0 < (mass - exact).norm() / exact.norm() < 2**-7
 
 
-@pytest.mark.parametrize(("count", "asked"), [(1023, 512), (1024, 256), (1500, 256)])
-def test_looking_ahead_asks_every_second_query_of_long_chunks_where_many_entries_stay(count, asked, monkeypatch):
+@pytest.mark.parametrize(
+    ("w", "groups", "step"), [(511, 3, 1), (512, 3, 2), (767, 3, 2), (768, 3, 3), (1100, 3, 3), (512, 1, 1)]
+)
+def test_looking_ahead_asks_every_nth_query_of_long_chunks_and_of_each_group_others(w, groups, step, monkeypatch):
     seen = []
 
     def mass(keys, log_mass, queries, **options):
@@ -60,22 +62,24 @@ def test_looking_ahead_asks_every_second_query_of_long_chunks_where_many_entries
         return attention_mass(keys, log_mass, queries, **options)
 
     monkeypatch.setattr("lococo.entries.attention_mass", mass)
-    shape = (1, 2, count)
-    queries = torch.randn(1, 2, 3, 512, 8)
+    shape = (1, 2, 1200)
+    queries = torch.randn(1, 2, groups, w, 8)
     entries = Entries(
         keys=torch.randn(*shape, 8),
         values=torch.randn(*shape, 8),
-        positions=torch.arange(count).float().expand(shape),
+        positions=torch.arange(1200).float().expand(shape),
         log_mass=torch.zeros(shape),
-        token_index=torch.arange(count).expand(shape),
+        token_index=torch.arange(1200).expand(shape),
         mass=None,
         queries=queries,
         rotary=LayerRotary(None, None),
         scaling=1.0,
     )
-    assert entries.future_mass.sum().item() == pytest.approx(2 * 3 * asked, rel=1e-4)
-    torch.testing.assert_close(seen[0][..., -1, :], queries[..., -1, :])
-    torch.testing.assert_close(seen[0][..., 0, :], queries[..., 512 // asked - 1, :])
+    assert entries.future_mass.sum().item() == pytest.approx(2 * groups * (w // step), rel=1e-4)
+    asked = [set(range(w - 1 - group % step, -1, -step)[: w // step]) for group in range(groups)]
+    for group, tokens_asked in enumerate(asked):
+        torch.testing.assert_close(seen[0][:, :, group], queries[:, :, group, sorted(tokens_asked)])
+    assert set.union(*asked) == set(range(w % step, w))
 
 
 def eager_maps(model, ids):

@@ -14,7 +14,7 @@ from lococo.rope import LayerRotary
 # Rows of an attention map that are held at once: (b h QUERY_ROWS s) floats.
 QUERY_ROWS = 384
 
-# Of a chunk of n times as many, every n-th query looks ahead, in layers that keep at least as many entries as it has.
+# Of a chunk of n times as many, every n-th query of each of n or more groups looks ahead.
 LOOK_AHEAD_QUERIES = 256
 
 # Least length of a key or value that is divided by it.
@@ -118,13 +118,13 @@ class Entries:
         """Mass that the last chunk's queries would give from one chunk later, (b h s).
 
         The queries of the next chunk are unknown; those of the last one, rotated that many positions ahead and freed of
-        the causal mask, are their best stand-in. All of them: some alone miss what the others would have kept,
-        but for long chunks in layers that keep much, see LOOK_AHEAD_QUERIES (docs/log.md).
+        the causal mask, are their best stand-in. All of them: some alone miss what the others would have kept.
+        Of long chunks every n-th, see LOOK_AHEAD_QUERIES, each group its own, so that no token goes unasked
+        (docs/log.md).
         """
         queries = self._observed_queries()
-        w, d = queries.shape[3:]
-        step = max(1, w // LOOK_AHEAD_QUERIES) if len(self) >= 2 * w else 1
-        queries = queries[:, :, :, (w - 1) % step :: step]
+        groups, w, d = queries.shape[2:]
+        queries = _every(max(1, min(groups, w // LOOK_AHEAD_QUERIES)), queries)
         # Keys that move back look to queries as if these had moved ahead, and are fewer.
         back = self.rotary.matrix(-float(w), d, queries.device) * self.scaling
         keys = self.keys.detach().float() @ back
@@ -133,6 +133,14 @@ class Entries:
     def _observed_queries(self) -> Tensor:
         assert self.queries is not None, "a compressor that reads queries must declare it in `observes`"
         return self.queries
+
+
+def _every(step: int, queries: Tensor) -> Tensor:
+    """Return every step-th of queries (b h g w d): of the first group the last one, of the next that before it."""
+    if step == 1:
+        return queries
+    parts = queries[:, :, :, queries.shape[3] % step :].unflatten(3, (-1, step))
+    return torch.stack([parts[:, :, group, :, -1 - group % step] for group in range(queries.shape[2])], 2)
 
 
 def _lengths(vectors: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ that form to the model's own forward; it holds nothing itself. `SlotLayer` does 
 compare with.
 """
 
+import functools
 from collections.abc import Callable
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -18,7 +20,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from lococo.cache import SlotCache
 from lococo.cache_name import CACHE_NAMES, cache_name
 from lococo.fast import fast
-from lococo.graphs import Graphs
+from lococo.graphs import Graphs, kind_of
 from lococo.slot_layer import SlotLayer
 
 # What a step may be asked for; a call with more is read the plain way.
@@ -44,13 +46,19 @@ class StepLayer(CacheLayerMixin):
         self.layer_idx = layer_idx
         self.is_initialized = True
         self.step = step
+        self.buffers: list[Tensor | None] = []
+        self.kind = 0
         # Attention mass of the step's queries, until the step is counted, (b h s); None: nobody asks for it.
         self.pending: Tensor | None = None
 
     def show(self, layer: SlotLayer, place: Tensor) -> None:
         """Take a layer's buffers, and where each row's next entry goes, (b)."""
-        for name in SlotLayer.row_tensors:
-            setattr(self, name, getattr(layer, name))
+        buffers = [getattr(layer, name) for name in SlotLayer.row_tensors]
+        if [*map(id, buffers)] != [*map(id, self.buffers)]:
+            self.buffers = buffers
+            for name, buffer in zip(SlotLayer.row_tensors, buffers, strict=True):
+                setattr(self, name, buffer)
+            self.kind = _number(tuple(None if buffer is None else kind_of(buffer) for buffer in buffers))
         self.place = place
         if layer.mass is not None and (self.pending is None or self.pending.shape != layer.mass.shape):
             self.pending = torch.zeros_like(layer.mass)
@@ -131,7 +139,7 @@ class StepCache(Cache):
     """A SlotCache as a graph wants it; of fixed shape, with all that changes in tensors.
 
     Attributes:
-        kind: What else a graph depends on: which layers keep attention mass and queries for the compressor.
+        kind: What else a graph depends on: of each layer which buffers there are, and of what shapes.
     """
 
     def __init__(self, number: int) -> None:
@@ -149,10 +157,10 @@ class StepCache(Cache):
         self.ring = self.tokens % cache.chunk_size
         self.positions = positions[:, 0].float().expand(len(tokens)).contiguous()
         layers = cache.slot_layers
-        self.kind = tuple((layer.mass is None, layer.queries is None) for layer in layers)
         places = torch.tensor([layer.filled for layer in layers], device=device).unbind()
         for mine, layer, place in zip(self.layers, layers, places, strict=True):
             cast(StepLayer, mine).show(layer, place)
+        self.kind = tuple(cast(StepLayer, mine).kind for mine in self.layers)
 
 
 class Steps:
@@ -182,11 +190,21 @@ class Steps:
         if cache.step is None:
             cache.step = StepCache(len(cache.layers))
         cache.step.show(cache, position_ids)
+        given = {"position_ids": position_ids} | {name: value for name, value in inputs.items() if value is not None}
+        kind = cache.step.kind, tuple((name, kind_of(value)) for name, value in given.items())
         with cache.norms_holding(always=True):
-            given = tuple(name for name, value in inputs.items() if value is not None)
-            hidden = self.graphs((cache.step.kind, given), self.forward, self.name, cache.step, position_ids, **inputs)
+            hidden = self.graphs(kind, self.forward, self.name, cache.step, position_ids, **inputs)
         output: dict[str, Any] = {"last_hidden_state": hidden, self.name: cache}
         return MoeModelOutputWithPast(**output)
+
+
+@functools.cache
+def _number(kind: Any) -> int:
+    """Return the number of a kind of buffers, which is hashed sooner with every step than all that it stands for."""
+    return next(_numbers)
+
+
+_numbers = count(1)
 
 
 def _decoder_step(

@@ -6,7 +6,10 @@ from families import tiny, tokens
 
 import lococo
 from lococo.attention import PREFIX, _by_products, register
+from lococo.compressors import of_heads
 from lococo.fast import SWITCH
+from lococo.train.recipe import Recipe
+from lococo.train.trained import new_heads
 
 
 @torch.no_grad()
@@ -111,6 +114,18 @@ def test_the_switch_takes_the_naive_twins_which_agree(compressor, monkeypatch):
             outputs.append(model(ids, past_key_values=slots.new_cache()).logits.float())
         assert (len(taken) > before) == (naive == "0")
     assert torch.nn.functional.cosine_similarity(*outputs, -1).min() > 0.99
+
+
+def test_heads_learn_in_half_precision_where_the_models_queries_have_no_gradient():
+    model, ids = copy.deepcopy(tiny()).bfloat16().requires_grad_(False), tokens(1, 100)
+    recipe = Recipe(
+        heads="lococo-paper", num_slots=(24,), chunk_size=16, length=128, calibrate_at=(), learned_scores=False
+    )
+    heads = new_heads(model, recipe)
+    with lococo.attach(model, of_heads(heads, "lococo-paper"), num_slots=24, chunk_size=16) as slots:
+        model(ids, past_key_values=slots.new_cache()).logits.float().logsumexp(-1).sum().backward()
+    gradients = [parameter.grad for parameter in heads.parameters() if parameter.grad is not None]
+    assert sum(float(each.abs().sum()) for each in gradients) > 0
 
 
 def test_the_name_tells_what_it_stands_on():

@@ -54,7 +54,7 @@ def test_what_changes_in_a_module_is_seen_and_compiled_once():
     assert same() == 3
     inner.names.append("b")
     assert same() == 4
-    handle = inner.linear.register_forward_hook(lambda module, inputs, output: output + 1)
+    handle = inner.linear.register_forward_hook(graphs.marked(lambda module, inputs, output: output + 1))
     assert same() == 5
     handle.remove()
     assert same() == 5
@@ -63,6 +63,57 @@ def test_what_changes_in_a_module_is_seen_and_compiled_once():
     block.double()
     values = values.double()
     assert same() == 7
+
+
+def test_what_may_look_at_anything_runs_as_it_is_written():
+    block, values = Block(), torch.randn(1, 4)
+    compiled, seen = graphs.Graphs(doubled, block), []
+
+    @torch.no_grad()
+    def same():
+        before = counters["stats"]["unique_graphs"]
+        assert torch.allclose(compiled(0, block, values, None), doubled(block, values, None), atol=1e-6)
+        return counters["stats"]["unique_graphs"] - before
+
+    assert same() == 1
+    scale = [1.0]
+    for hooks in (block.linear.register_forward_hook, nn.modules.module.register_module_forward_hook):
+        handle = hooks(lambda module, inputs, output: seen.append(scale[0]) or output * scale[0])
+        for each in (1.0, 3.0):
+            scale[0] = each
+            assert same() == 0
+        handle.remove()
+    # Both readings of each step: one module has the first hook, three the second.
+    assert seen == [1.0] * 2 + [3.0] * 2 + [1.0] * 4 + [3.0] * 4
+    assert same() == 0
+
+
+def test_a_module_that_never_stays_the_same_is_not_compiled_again_and_again():
+    block, values = Block(), torch.randn(1, 4)
+    compiled = graphs.Graphs(doubled, block)
+    counters.clear()
+    for number in range(graphs.MOST_STATES + 4):
+        block.calls = number
+        block.last = torch.full((2,), float(number))
+        with torch.no_grad():
+            assert torch.allclose(compiled(0, block, values, None), doubled(block, values, None), atol=1e-6)
+    assert counters["stats"]["unique_graphs"] <= graphs.MOST_STATES
+
+
+def test_weights_of_other_strides_are_another_kind():
+    block, values = Block(), torch.randn(1, 4)
+    compiled = graphs.Graphs(doubled, block)
+    for weight in (torch.randn(4, 4), torch.randn(4, 4).T):
+        block.linear.weight = nn.Parameter(weight)
+        with torch.no_grad():
+            assert torch.allclose(compiled(0, block, values, None), doubled(block, values, None), atol=1e-6)
+
+
+@torch.no_grad()
+def test_the_last_step_is_compiled_for_any_number_of_models():
+    for width in range(2, 14):
+        row, weight = torch.randn(width), torch.randn(5, width)
+        assert torch.allclose(graphs.linear_step(row, weight, None), weight @ row, atol=1e-5)
 
 
 def test_a_graph_of_one_object_is_not_that_of_another():

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from families import heads_for, left_padded, tiny, tokens
@@ -70,6 +72,43 @@ def test_what_no_step_can_do_is_read_the_plain_way():
         output = tiny()(ids[:, :1], past_key_values=cache, output_hidden_states=True)
         assert cache.step is None
         assert len(output.hidden_states) == 5
+
+
+def test_steps_of_embeddings_are_compiled_and_those_that_show_more_are_not():
+    model, ids = copy.deepcopy(tiny()), tokens(1, 60)
+    embedded = model.get_input_embeddings()(ids[:, :1])
+    with lococo.attach(model, "mass-merge", num_slots=32, chunk_size=16, compiled=True) as slots, torch.no_grad():
+        plain, cache = slots.new_cache(), slots.new_cache()
+        for each in (plain, cache):
+            prefill(model, ids, each)
+        one = model(ids[:, :1], past_key_values=plain)
+        other = model(inputs_embeds=embedded, past_key_values=cache)
+        assert cache.step is not None
+        assert (one.logits - other.logits).abs().max() < 2e-5
+        cache.reset()
+        assert cache.step is None
+        prefill(model, ids, cache)
+        pair = model.base_model(ids[:, :1], past_key_values=cache, return_dict=False)
+        assert isinstance(pair, tuple)
+        model.config.output_hidden_states = True
+        assert len(model(ids[:, :1], past_key_values=cache).hidden_states) == 5
+        assert cache.step is None
+
+
+def test_a_cache_of_another_compressor_is_another_kind():
+    model, ids = tiny(), tokens(1, 60)
+    heads = heads_for(model, scale=0.3)
+    assert heads.norms is not None
+    other = lococo.attach(model, "mass-merge", num_slots=32, chunk_size=16)
+    logits = {}
+    for compiled in (False, True):
+        with lococo.attach(model, heads, num_slots=32, chunk_size=16, compiled=compiled) as slots, torch.no_grad():
+            caches = [other.new_cache(), slots.new_cache()]
+            for each in caches:
+                prefill(model, ids, each)
+            logits[compiled] = torch.stack([prefill(model, ids[:, :1], each) for each in (*caches, *caches)])
+    assert (logits[True] - logits[False]).abs().max() < 2e-5
+    assert (logits[True][0] - logits[True][1]).abs().max() > 1e-3
 
 
 def test_without_a_compiler_decoding_says_so_in_one_line(monkeypatch):

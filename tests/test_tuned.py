@@ -87,6 +87,9 @@ def test_a_model_tuned_without_heads_is_read_as_it_was_tuned(tmp_path):
     loaded, _ = lococo.load_model(tmp_path / "tuned")
     assert lococo.attach(loaded, num_slots=24, chunk_size=16).compressor.name == "h2o"
     assert not (tmp_path / "tuned" / "heads").exists()
+    tuned_from(save_base(tmp_path / "other"), tmp_path / "full", compressor="full", steps=1)
+    loaded, _ = lococo.load_model(tmp_path / "full")
+    assert lococo.attach(loaded, num_slots=24, chunk_size=16).compressor is None
 
 
 def test_heads_keep_the_selection_that_they_were_tuned_with(tmp_path):
@@ -111,6 +114,18 @@ def test_a_model_in_half_precision_is_written_so_without_loss(tmp_path):
         assert torch.equal(ours[own.replace("_B.weight", "_B.default.weight")].float(), tensor.float()), name
     heads = safetensors.torch.load_file(tmp_path / "tuned" / "heads" / "model.safetensors")
     assert {tensor.dtype for tensor in heads.values()} == {torch.float16}
+
+
+def test_a_tuned_folder_loads_in_float16(made):
+    folder = made[0] / "tuned"
+    loaded, _ = lococo.load_model(folder, dtype="float16")
+    assert loaded.dtype == torch.float16
+    assert loaded.config.dtype == torch.float16
+    exact, _ = lococo.load_model(folder)
+    for (name, one), other in zip(loaded.named_parameters(), exact.parameters(), strict=True):
+        assert torch.equal(one, other.half()), name
+    for (name, one), other in zip(loaded.named_buffers(), exact.buffers(), strict=True):
+        assert torch.equal(one, other), name
 
 
 def test_plain_peft_and_transformers_load_it(made):

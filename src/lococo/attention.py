@@ -87,7 +87,7 @@ def slot_attention(
         output = mixed, None
     elif own == "sdpa" and query.shape[0] == 1 and query.shape[2] > 1 and query.device.type == "cpu" and fast():
         bias = layer.shared_bias(query)
-        if _as_products(query, **kwargs):
+        if _as_products(query, key, value, bias, **kwargs):
             output = _by_products(query, key, value, bias, scaling), None
         else:
             output = _without_copies(function, query, key, value, bias, **kwargs)
@@ -126,9 +126,19 @@ def _gives_mass(
     )
 
 
-def _as_products(query: Tensor, dropout: float = 0.0, position_bias: Tensor | None = None, **kwargs: Any) -> bool:
-    """Tell whether `_by_products` computes what sdpa does, and faster."""
-    return query.dtype == torch.bfloat16 and not query.requires_grad and not dropout and position_bias is None
+def _as_products(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    dropout: float = 0.0,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> bool:
+    """Tell whether `_by_products`, which writes in place, computes what sdpa does, and faster."""
+    # Heads that learn give keys, values and masses a gradient where the model's own queries have none.
+    learning = any(each is not None and each.requires_grad for each in (query, key, value, bias))
+    return query.dtype == torch.bfloat16 and not learning and not dropout and position_bias is None
 
 
 def _by_products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float) -> Tensor:

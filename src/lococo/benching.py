@@ -63,6 +63,8 @@ def bench(
     check_at_least_one(lengths=min(lengths), batch=min(batch))
     target = output_file(json)
     picture = plot_file(plot)
+    if model.dtype == "auto":
+        raise ArgumentError("expected --dtype float32, bfloat16 or float16, which speeds are compared in, got auto")
     from rich.console import Console
 
     from lococo.bench import measure
@@ -84,9 +86,10 @@ def bench(
             model=model.model,
             decode_tokens=decode_tokens,
             exact_memory=exact_memory,
-            compiled=compiled,
+            compiled=compiled and name not in PEERS,
             batch=rows,
             scored_tokens=scored_tokens if text else 0,
+            trust_remote_code=model.trust_remote_code,
         )
         for length in lengths
         for name, limit in longest.items()
@@ -102,10 +105,11 @@ def bench(
             f"raise the limits ({limits or 'there are none'}), or name a compressor that reads batches"
         )
     longest_prompt = max(setting.length for setting in settings)
+    trusted = {"trust_remote_code": model.trust_remote_code}
     if text:
-        texts = measure.beginnings(model.model, text, longest_prompt + scored_tokens)
+        texts = measure.beginnings(model.model, text, longest_prompt + scored_tokens, **trusted)
     else:
-        texts = [measure.prompt(model.model, longest_prompt)]
+        texts = [measure.prompt(model.model, longest_prompt, **trusted)]
     about = {ABOUT: about_this_run()}
     with counting("measurements") as progress:
         rows = measure.bench(
@@ -132,9 +136,12 @@ def _with_limit(name: str) -> tuple[str, int | None]:
 
 
 def _is_there(compressor: str) -> bool:
-    """Say on stderr that a peer cannot be measured here."""
+    """Say on stderr that a peer cannot be measured here; refuse a name that nothing has."""
     from lococo.bench.peers import PEERS
+    from lococo.compressors import check_known
 
+    if compressor not in PEERS and compressor != "auto":
+        check_known(compressor)
     absent = PEERS[compressor].absent() if compressor in PEERS else ""
     if absent:
         print(f"{compressor} is left out: {absent}", file=sys.stderr)

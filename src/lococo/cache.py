@@ -325,6 +325,7 @@ class SlotCache(Cache):
         super().reset()  # type: ignore[no-untyped-call]
         self._settle()
         self.incomplete = False
+        self.step = None  # which holds on to buffers
         self.rows.clear()
 
     def _settle(self) -> None:

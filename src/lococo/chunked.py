@@ -14,7 +14,7 @@ from lococo.around import Around
 from lococo.cache import SlotCache
 from lococo.cache_name import CACHE_NAMES
 from lococo.errors import ArgumentError, LococoError, UnsupportedModelError, WindowError
-from lococo.steps import Steps
+from lococo.steps import INPUTS, Steps
 
 
 class ReadingInChunks:
@@ -86,9 +86,6 @@ def _read_columns(forward: Callable[..., Any], steps: Steps | None, cache: SlotC
         start = stop
     return outputs[0] if len(outputs) == 1 else _join(outputs)
 
-
-# What a decoder reads: one of them.
-INPUTS = ("input_ids", "inputs_embeds")
 
 # Arguments with one entry per column of the call.
 PER_COLUMN = (*INPUTS, "token_type_ids", "per_layer_inputs")

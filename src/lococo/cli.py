@@ -54,7 +54,7 @@ METAVARS = {
     "lengths": "N",
     "logs": "DIR",
     "data_dir": "DIR",
-    "text": "DIR",
+    "text": "PATH",
     "trained_on": "DIR",
     "tasks": "NAME",
     "gpu": "NAME",

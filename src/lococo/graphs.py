@@ -12,13 +12,20 @@ from torch.nn import functional
 
 from lococo.errors import LococoError
 
+# States of a model's modules that are compiled for; whoever brings more changes something with every step.
+MOST_STATES = 8
+
+# What a hook of lococo's own is marked with.
+COMPILES = "lococo_compiles"
+
 
 class Graphs:
     """A function of a model's modules as compiled graphs, one for each state of the modules that a call has met.
 
     torch.compile looks through every attribute and tensor that the function reads before each call, which takes a fifth
     of the time of a decoding step. Here it looks at none; `kind` and the modules' attributes, compared as whole
-    dictionaries, decide which graph is called.
+    dictionaries, decide which graph is called. What that cannot tell apart runs as it is written: hooks that are not
+    lococo's own, which may look at anything, and modules whose attributes change again and again.
     """
 
     def __init__(self, function: Callable[..., Any], root: nn.Module) -> None:
@@ -39,11 +46,31 @@ class Graphs:
             LococoError: Where there is no compiler.
         """
         known = self._known.setdefault(kind, [])
-        graph = next((graph for state, graph in known if state.holds()), None)
+        graph = None if _anyones_hooks() else next((graph for state, graph in known if state.holds()), None)
         if graph is None:
+            if _anyones_hooks() or any(map(_hooked, self.root.modules())) or len(known) == MOST_STATES:
+                return self.function(*args, **kwargs)
             graph = compiled(_copied(self.function), guards=_of_the_process)
             known.append((_State(self.root), graph))
         return graph(*args, **kwargs)
+
+
+def marked(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook, marked as one that does the same whenever a call's `kind` is the same, and so may be compiled."""
+    setattr(hook, COMPILES, True)
+    return hook
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Tell whether a module has hooks that are not `marked`."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return not all(getattr(hook, COMPILES, False) for hook in hooks)
+
+
+def _anyones_hooks() -> bool:
+    """Tell whether there are hooks of all modules of the process."""
+    every = nn.modules.module
+    return bool(every._global_forward_hooks or every._global_forward_pre_hooks)
 
 
 class _State:
@@ -59,7 +86,7 @@ class _State:
 
     def _kinds(self) -> list[Any]:
         return [
-            (type(tensor), tensor.dtype, tensor.device, tensor.shape)
+            (type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride())
             for each in self.tensors
             for tensor in each.values()
             if tensor is not None
@@ -69,7 +96,7 @@ class _State:
         """Tell whether they are still what they were; what a tensor holds does not count."""
         try:
             return self.attributes == self.then and self._kinds() == self.kinds
-        except RuntimeError:  # a tensor has taken the place of another, and tensors are compared number by number
+        except (RuntimeError, ValueError):  # an array has taken the place of another, and they are compared by number
             return False
 
 
@@ -115,7 +142,7 @@ def compiled(function: Callable[..., Any], guards: Callable[..., Any] | None = N
     def called(*args: Any, **kwargs: Any) -> Any:
         try:
             return graph(*args, **kwargs)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, torch._dynamo.exc.FailOnRecompileLimitHit) as error:
             reason = " ".join(str(error).split())[:200]
             raise LococoError(f"decoding could not be compiled ({reason}); leave out compiled") from error
 
@@ -124,12 +151,18 @@ def compiled(function: Callable[..., Any], guards: Callable[..., Any] | None = N
 
 def linear_step(row: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Multiply a row (d) by a matrix, compiled: the last step of a decoder, from hidden states to logits."""
-    return cast(Tensor, _linear()(row, weight, bias))
+    kinds = tuple(None if each is None else kind_of(each) for each in (row, weight, bias))
+    return cast(Tensor, _linear(kinds, torch.is_grad_enabled(), torch.is_inference_mode_enabled())(row, weight, bias))
 
 
-@functools.cache
-def _linear() -> Callable[..., Any]:
-    return compiled(functional.linear)
+@functools.lru_cache(maxsize=64)
+def _linear(*kind: Any) -> Callable[..., Any]:
+    """Return a function of its own for each kind, since torch.compile gives one up after a few."""
+
+    def linear(row: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return functional.linear(row, weight, bias)
+
+    return compiled(_copied(linear))
 
 
 @torch.library.custom_op("lococo::kept", mutates_args=())

@@ -58,8 +58,7 @@ def load_model(
     device = _present_device(device)
     source, label = _resolve(name)
     if tuned.has_adapter(source):
-        model, tokenizer = load_model(_base(source), dtype=dtype, trust_remote_code=trust_remote_code)
-        tuned.apply_tuned(model, source)
+        model, tokenizer = _load_tuned(source, dtype, trust_remote_code)
     else:
         with quiet(progress=source == label and sys.stderr.isatty()):
             model = _load_weights(source, label, dtype, trust_remote_code)
@@ -156,6 +155,22 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     for role, special in sorted(tokenizer.special_tokens_map.items()):
         digest.update(f"{role}\t{special!s}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _load_tuned(
+    source: str, dtype: str | torch.dtype, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    import torch
+
+    # A base that was rounded to float16 and then to bfloat16, for its fingerprint, would not be known again.
+    half = dtype == torch.float16
+    model, tokenizer = load_model(_base(source), dtype="auto" if half else dtype, trust_remote_code=trust_remote_code)
+    tuned.apply_tuned(model, source)
+    if half:
+        for parameter in model.parameters():  # and not the buffers: tables of angles stay exact
+            parameter.data = parameter.data.half()
+        model.config.dtype = torch.float16
+    return model, tokenizer
 
 
 def _floating_type(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from lococo.graphs import marked
+
 # Number of slots at which the changes hold in full; with more slots less has to be made up for.
 REFERENCE_SLOTS = 64
 
@@ -62,7 +64,7 @@ class NormDeltas(nn.Module):
             # The output is the norm's own and new: without a gradient nobody needs it as it was.
             return output * factors if output.requires_grad or factors.requires_grad else output.mul_(factors)
 
-        return scaled
+        return marked(scaled)
 
 
 def norm_names(decoder: PreTrainedModel) -> list[str]:

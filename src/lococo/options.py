@@ -125,13 +125,14 @@ def check_kinds(options: Any) -> None:
     """
     for part in fields(options):
         value, kind = getattr(options, part.name), type(part.default)
-        if not _is_kind(value, kind):
-            raise ArgumentError(f"expected {part.name} to be {KINDS[kind]}, got {value!r}")
+        of_names = isinstance(part.default, tuple) and isinstance(next(iter(part.default), 0), str)
+        if not _is_kind(value, kind, str if of_names else int):
+            raise ArgumentError(f"expected {part.name} to be {'names' if of_names else KINDS[kind]}, got {value!r}")
 
 
-def _is_kind(value: Any, kind: type) -> bool:
+def _is_kind(value: Any, kind: type, of: type = int) -> bool:
     if kind is tuple:
-        return isinstance(value, tuple | list) and all(_is_kind(each, int) for each in value)
+        return isinstance(value, tuple | list) and all(_is_kind(each, of) for each in value)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))

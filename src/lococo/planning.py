@@ -62,6 +62,7 @@ def plan(
         dtype=getattr(torch, dtype),
         compressor=compressor,
         devices=devices,
+        trust_remote_code=trust_remote_code,
     )
     if json:
         print(jsonlib.dumps(made.to_dict()))

@@ -25,8 +25,9 @@ def scaled_rope(model: PreTrainedModel, scaling: Scaling, length: int) -> dict[s
     if scaling == "none":
         return {}
     config, kind = model.config.get_text_config(decoder=True), type(model).__name__
-    rope, window = dict(getattr(config, "rope_parameters", None) or {}), config.max_position_embeddings
-    if not rope or not hasattr(model.get_decoder(), "rotary_emb"):
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    window = getattr(config, "max_position_embeddings", None)
+    if not rope or window is None or not hasattr(model.get_decoder(), "rotary_emb"):
         raise UnsupportedModelError(f"{kind} has no RoPE that could be scaled; expected one, use rope 'none'")
     if (came := rope.get("rope_type", "another one per type of layer")) != "default":
         raise UnsupportedModelError(

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
@@ -21,10 +22,14 @@ from lococo.cache import SlotCache
 from lococo.cache_name import CACHE_NAMES, cache_name
 from lococo.fast import fast
 from lococo.graphs import Graphs, kind_of
+from lococo.norms import norms_of
 from lococo.slot_layer import SlotLayer
 
+# What a decoder reads: one of them.
+INPUTS = ("input_ids", "inputs_embeds")
+
 # What a step may be asked for; a call with more is read the plain way.
-KNOWN = {"input_ids", "inputs_embeds", "position_ids", "attention_mask", "use_cache", "slot_cache", *CACHE_NAMES}
+KNOWN = {*INPUTS, "position_ids", "attention_mask", "use_cache", "slot_cache", *CACHE_NAMES}
 
 
 class StepLayer(CacheLayerMixin):
@@ -166,17 +171,21 @@ class StepCache(Cache):
 class Steps:
     """Reads one token per row by a compiled forward of a decoder; made anew with every attachment, compiled once."""
 
-    def __init__(self, forward: Callable[..., Any], decoder: nn.Module) -> None:
+    def __init__(self, forward: Callable[..., Any], decoder: PreTrainedModel) -> None:
         self.forward = forward
+        self.decoder = decoder
         self.name = cache_name(decoder)
         self.graphs = Graphs(_decoder_step, decoder)
 
     def takes(self, cache: SlotCache, arguments: dict[str, Any]) -> bool:
         """Tell whether a call can be such a step: one token in every row of a cache that has read something."""
-        inputs = arguments.get("input_ids", arguments.get("inputs_embeds"))
+        inputs = next((arguments[name] for name in INPUTS if arguments.get(name) is not None), None)
         asked = {name for name, value in arguments.items() if value is not None and value is not False}
+        config = self.decoder.config.get_text_config(decoder=True)
         return (
             fast()
+            and not (getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False))
+            and arguments.get("return_dict") is not False
             and inputs is not None
             and inputs.shape[1] == 1
             and cache.rows.seen > 0
@@ -191,7 +200,9 @@ class Steps:
             cache.step = StepCache(len(cache.layers))
         cache.step.show(cache, position_ids)
         given = {"position_ids": position_ids} | {name: value for name, value in inputs.items() if value is not None}
-        kind = cache.step.kind, tuple((name, kind_of(value)) for name, value in given.items())
+        # Changes of norms hold or do not, whichever compressor the model is attached with.
+        norms = norms_of(cache.compressor) is not None
+        kind = cache.step.kind, norms, tuple((name, kind_of(value)) for name, value in given.items())
         with cache.norms_holding(always=True):
             hidden = self.graphs(kind, self.forward, self.name, cache.step, position_ids, **inputs)
         output: dict[str, Any] = {"last_hidden_state": hidden, self.name: cache}

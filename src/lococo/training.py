@@ -5,7 +5,7 @@ Nothing here imports torch before a verb runs. Every verb checks its files first
 
 import json as jsonlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from lococo.errors import ArgumentError
 from lococo.files import check_exists, output_of_texts, training_folder
 from lococo.options import ModelOptions, check_at_least_one, check_extra, plot_file
 from lococo.results import results_file
-from lococo.train.processes import first_process
+from lococo.train.processes import first_process, number_of_processes
 from lococo.train.recipe import TRAINING_DOCUMENTS, Recipe
 from lococo.verbs import human
 
@@ -93,7 +93,8 @@ def carry_out(
     """
     from lococo.train.progress import final_table, steps
 
-    loaded, tokenizer = model.load()
+    # Each of several processes brings the model to a device of its own.
+    loaded, tokenizer = (replace(model, device=None) if number_of_processes() > 1 else model).load()
     logs = Path(options.logs).expanduser() if options.logs is not None and first_process() else None
     with steps(recipe.steps, logs, quiet=not first_process()) as (say, after_step):
         figures = run(

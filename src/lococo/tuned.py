@@ -74,7 +74,7 @@ def save_tuned(
         saved_modules: Names of its modules whose weights were tuned themselves: norms and embeddings.
         base: Of `base_of`.
         rope: Of `rope_scaling.scaled_rope`.
-        compressor: Name of the one it was tuned with, where there are no heads; None for the full cache.
+        compressor: Name of the one it was tuned with, where there are no heads; "full" for the full cache.
         heads: Trained with it.
         selection: That the heads were trained with, if they only merge.
         training: Recipe, data and figures, for the reader.

@@ -3,6 +3,8 @@ import io
 import json
 import subprocess
 import sys
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +15,10 @@ from rich.console import Console
 from lococo import cli
 from lococo.bench import measure
 from lococo.bench.peers import Peer
-from lococo.bench.readers import Setting
+from lococo.bench.readers import Setting, Transformers, Work, with_slots
 from lococo.cache import SlotCache
 from lococo.errors import LococoError
+from lococo.eval import plots
 
 
 def test_settings_take_turns_and_medians_are_reported(monkeypatch):
@@ -62,6 +65,59 @@ def test_settings_take_turns_and_medians_are_reported(monkeypatch):
     assert "20.0 (6.67x)" in said
     assert "0.600" in said
     assert "40%" in said
+
+
+def test_a_setting_that_fails_is_told_and_the_others_go_on(monkeypatch):
+    tried = []
+
+    def measured(setting, ids):
+        tried.append(setting.compressor)
+        if setting.compressor == "full" or (setting.compressor == "tova" and tried.count("tova") == 2):
+            raise LococoError("exit status -9")
+        return dict.fromkeys((*measure.FIGURES, "weight_bytes", "operations"), 2.0) | {"nll": None}
+
+    monkeypatch.setattr(measure, "measure_in_new_process", measured)
+    limits = {"bytes_per_s": 1.0, "operations_per_s": 1.0}
+    monkeypatch.setattr(measure, "in_new_process", lambda what, asked: limits)
+    settings = [Setting(name, 100) for name in ("full", "h2o", "tova")]
+    rows = measure.bench(settings, [[8] * 100], repeats=3)
+    assert tried == ["full", "h2o", "tova", "h2o", "tova", "h2o"]
+    assert [row.get("failed") for row in rows] == ["exit status -9", None, "exit status -9"]
+    assert [row["prefill_tokens_per_s"] for row in rows] == [None, 2.0, None]
+    assert (rows[1]["weight_bytes"], rows[1]["operations"], rows[1]["repeats"]) == (2.0, 2.0, 3)
+    console = Console(record=True, width=170, file=io.StringIO())
+    console.print(measure.table(rows))
+    assert "exit status -9" in console.export_text()
+    plots.bench(rows)
+    with pytest.raises(LococoError, match="exit status -9"):
+        measure.bench(settings[:1], [[8] * 100])
+
+
+def test_experts_that_take_turns_have_no_roofline(monkeypatch):
+    reader = Transformers(tiny("mixtral"), lambda: None)
+    assert reader.work(100) == Work(None, None)
+    assert measure._roofline({"operations": None, "weight_bytes": None}, 100, 1, {"bytes_per_s": 1.0}) == {
+        "prefill_tokens_per_s": None,
+        "decode_tokens_per_s": None,
+        "bytes_per_s": 1.0,
+    }
+    sliding = Transformers(tiny("gemma3"), lambda: None).work(100)
+    assert sliding.operations is None
+    assert sliding.weight_bytes > 0
+
+
+def test_what_is_taken_when_a_reader_opens_counts_as_peak(monkeypatch, folder):
+    @contextmanager
+    def opened(setting):
+        with measure.with_slots(setting) as reader:
+            reader.taken_at_once, reader.kv_bytes = True, lambda: 1 << 40
+            yield reader
+
+    monkeypatch.setitem(measure.PEERS, "greedy", Peer(opened))
+    setting = Setting("greedy", 50, num_slots=20, chunk_size=10, model=str(folder), decode_tokens=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(measure, "with_slots", lambda setting: with_slots(replace(setting, compressor="h2o")))
+        assert measure.measure(setting, [1] * 50)["peak_memory_bytes"] >= 1 << 40
 
 
 @pytest.fixture
@@ -174,6 +230,12 @@ def test_a_limit_keeps_a_compressor_from_longer_prompts(tmp_path, monkeypatch, c
     monkeypatch.setitem(measure.PEERS, "llama.cpp", Peer(measure.with_slots, batches=False))
     assert cli.main([*words, "--compressor", "llama.cpp", "full:60", "--batch", "1", "8"]) != 0
     assert asked == [("llama.cpp", 60), ("full", 60), ("full", 60), ("llama.cpp", 90)]
+    for more, message in (
+        (["--compressor", "mas-merge"], "unknown compressor 'mas-merge'"),
+        (["--compressor", "h2o", "--dtype", "auto"], "expected --dtype float32, bfloat16 or float16"),
+    ):
+        assert cli.main([*words, *more]) != 0
+        assert message in capsys.readouterr().err
     for limit in ("", "0", "many"):
         assert cli.main([*words, "--compressor", f"full:{limit}"]) != 0
         assert f"expected a number of tokens behind full:, got '{limit}'" in capsys.readouterr().err

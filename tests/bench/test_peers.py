@@ -58,7 +58,7 @@ def test_kvpress_goes_on_after_the_prompt_and_not_after_the_entries_that_are_lef
     seen = model.register_forward_pre_hook(
         lambda module, args, kwargs: places.append(kwargs["position_ids"].tolist()), with_kwargs=True
     )
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, dtype: model)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, **how: model)
     module = SimpleNamespace(SnapKVPress=lambda compression_ratio: lambda model: dropping(model, compression_ratio))
     monkeypatch.setitem(sys.modules, "kvpress", module)
     setting = Setting("kvpress-snapkv", 8, num_slots=2, model="a folder")

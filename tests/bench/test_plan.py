@@ -4,48 +4,53 @@ from pathlib import Path
 import pytest
 import torch
 from commands import save_llama
-from families import ROTATING, tiny
+from families import FAMILIES, tiny
 from transformers import DynamicCache
 
 from lococo import attach, cli
 from lococo.bench.known import KNOWN
 from lococo.bench.plan import device_of, known_config, plan, tokens_of
 from lococo.cache import kv_nbytes
+from lococo.cache_name import cache_name
 from lococo.errors import ArgumentError
 from lococo.reader import prefill
+from lococo.state_layer import states_of
 
 MEASURED = Path(__file__).parents[2] / "results" / "memory.jsonl"
 
 
-# Whose cache is keys and values of every layer's own.
-PLAIN = [*ROTATING, "gpt2"]
+def nbytes(cache):
+    return kv_nbytes(cache) + sum(state.nbytes for layer in cache.layers for _, _, state in states_of(layer))
 
 
 def planned(model, **settings):
-    return plan(model.config, name="tiny", dtype=torch.float32, **{"context": 100, "num_slots": 20} | settings)
+    return plan(
+        model.config, name="tiny", dtype=torch.float32, **{"context": 100, "num_slots": 20, "chunk_size": 16} | settings
+    )
 
 
 @pytest.mark.parametrize("compressor", ["mass-merge", "h2o", "streaming-llm"])
-@pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_of_slots_are_those_of_a_cache_that_has_read(family, compressor):
     model = tiny(family)
     with attach(model, compressor, num_slots=20, chunk_size=16) as slots, torch.no_grad():
         cache = slots.new_cache()
         prefill(model, torch.randint(5, 100, (3, 100)), cache)
-    sliding = kv_nbytes(cache) - sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.slot_layers)
+    in_slots = [layer for layer in cache.slot_layers if layer.keys is not None]  # others share theirs
+    others = nbytes(cache) - sum(layer.keys.nbytes + layer.values.nbytes for layer in in_slots)
     made = planned(model, chunk_size=16, batch=3, compressor=compressor)
-    assert made.slots.cache == cache.nbytes + sliding
+    assert made.slots.cache == cache.nbytes + others
 
 
-@pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_bytes_of_the_full_cache_are_those_of_one_that_has_read(family):
     model, cache = tiny(family), DynamicCache(config=tiny(family).config)
     with torch.no_grad():
-        model(torch.randint(5, 100, (2, 100)), past_key_values=cache)
-    assert planned(model, batch=2).full.cache == kv_nbytes(cache)
+        model(torch.randint(5, 100, (2, 100)), **{cache_name(model): cache})
+    assert planned(model, batch=2).full.cache == nbytes(cache)
 
 
-@pytest.mark.parametrize("family", PLAIN)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_those_of_the_model(family):
     model = tiny(family)
     made = planned(model)

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 import lococo
 from lococo.errors import ArgumentError, DocumentError, FileFormatError, TrainingError
+from lococo.train import loop
 from lococo.train.extend import extend
 from lococo.train.extension import Extension
 from lococo.train.long_lessons import side_by_side
@@ -132,6 +133,14 @@ def test_memory_does_not_grow_with_the_length(tmp_path):
     whole = [saved_bytes(tmp_path, length=length, compressions=0) for length in (128, 256)]
     assert whole[1] > 1.8 * whole[0] > 1.8 * peaks[0]
     assert saved_bytes(tmp_path, length=256, compressions=2) < 2.5 * peaks[0]
+
+
+def test_memory_does_not_grow_with_the_length_where_heads_alone_learn(tmp_path):
+    # Chunks before the first compression have no gradient then.
+    alone = {"lora_learning_rate": 0.0, "norms_learning_rate": 0.0}
+    for compressions in (1, 2):
+        peaks = [saved_bytes(tmp_path, length=n, compressions=compressions, **alone) for n in (128, 1024)]
+        assert peaks[1] == pytest.approx(peaks[0], rel=0.05)
 
 
 def test_the_gradient_is_cut_after_as_many_chunks_as_the_recipe_says(tmp_path):
@@ -264,6 +273,30 @@ def test_weights_in_half_precision_are_moved_in_float32(tmp_path):
     assert torch.equal(norm, master.to(torch.bfloat16))
 
 
+def test_gradients_of_many_chunks_are_added_up_in_float32(tmp_path, monkeypatch):
+    training, _ = tuning(tmp_path, model=llama().bfloat16(), length=512, steps=1)
+    parts, gradients = {}, training.trained.gradients
+    for name, parameter in training.trained.parameters.items():
+        if kind(name) == "norms":
+            parameter.register_hook(lambda gradient, name=name: parts.setdefault(name, []).append(gradient.double()))
+    summed = {}
+
+    def seen():
+        all_of_them = gradients()
+        summed.update({name: training.trained.masters[name].grad.double() for name in parts})
+        return all_of_them
+
+    monkeypatch.setattr(training.trained, "gradients", seen)
+    training.run(lambda row: None)
+    assert parts
+    for name, added in parts.items():
+        assert len(added) > 20
+        exact, half = sum(added), added[0].bfloat16()
+        for part in added[1:]:
+            half = half + part.bfloat16()
+        assert (summed[name] - exact).norm() < 1e-5 * exact.norm() < (half.double() - exact).norm()
+
+
 class KilledError(Exception):
     pass
 
@@ -387,6 +420,21 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     # One that ran away goes on with lower rates.
     lower, _ = tuning(tmp_path, heads_learning_rate=1e-4)
     lower.load(tmp_path / "checkpoint.safetensors")
+    # What is not trained any more would be lost, and what is trained from here on is not in it.
+    without, _ = tuning(tmp_path, norms_learning_rate=0.0)
+    with pytest.raises(FileFormatError, match=r"\(norms_learning_rate True\) than this one \(norms_"):
+        without.load(tmp_path / "checkpoint.safetensors")
+
+
+def test_processes_that_stand_at_different_steps_do_not_start(tmp_path, monkeypatch):
+    training, _ = tuning(tmp_path)
+    for theirs, message in (
+        ((4, training._made_with), r"go on after different steps \(0, 4\); put the output folder where all"),
+        ((0, "{}"), "different recipes, models or texts"),
+    ):
+        monkeypatch.setattr(loop, "gather_object", lambda mine, theirs=theirs: [*mine, theirs])
+        with pytest.raises(TrainingError, match=message):
+            training.run(lambda row: None)
 
 
 def test_no_document_as_long_as_a_window(tmp_path):
@@ -406,6 +454,15 @@ def test_recipes_that_cannot_be():
         Extension(lora_learning_rate=-1.0)
     with pytest.raises(ArgumentError, match="at least one name in lora_targets"):
         Extension(lora_targets=())
+    for name, value, message in (
+        ("lora_learning_rate", float("nan"), "a finite number such as 0.001, got nan"),
+        ("seed", 1 << 80, "expected seed to be a number of 64 bits"),
+        ("rope", "dynamic", "expected rope to be one of none, linear, yarn, got dynamic"),
+        ("begin", "start", "expected begin to be one of random, beginning, got start"),
+        ("lora_targets", (1, 2), r"expected lora_targets to be names, got \(1, 2\)"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            Extension(**{name: value})
 
 
 def test_a_tuning_of_nothing(tmp_path):

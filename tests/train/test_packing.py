@@ -37,6 +37,13 @@ def test_short_documents_are_taken_whole_one_after_the_other(tmp_path):
         assert any(text.startswith(said[-1]) for text in texts)
 
 
+def test_documents_that_fill_no_window_are_drawn_only_where_they_are_asked_for(tmp_path):
+    corpus = corpus_in(tmp_path, LONG, *["a" * 90] * 200)
+    assert all(len(pieces) == 1 for pieces in windows(corpus, length=128))
+    drawn = [packed_window(corpus, 0, n, length=128, begin="random", short=True) for n in range(12)]
+    assert sum(len(pieces) > 1 for pieces in drawn) > 6
+
+
 def test_a_single_token_is_left_over(tmp_path):
     pieces = packed_window(corpus_in(tmp_path, "a" * 21), 0, 0, length=64, begin="random")
     assert [len(piece) for piece in pieces] == [21, 21, 21]

@@ -8,11 +8,12 @@ from one_extension import RECIPE, llama
 import lococo
 from lococo import compressors
 from lococo.compressors.heads import save_heads
-from lococo.errors import FileFormatError, UnsupportedModelError
+from lococo.errors import ArgumentError, FileFormatError, UnsupportedModelError
 from lococo.facts import ModelFacts
 from lococo.train import tuning
 from lococo.train.extension import Extension
 from lococo.train.tuning import starting_compressor, tune
+from lococo.tuned import TUNED_FOR
 
 
 def recipe(**options):
@@ -43,6 +44,39 @@ def test_heads_without_their_norms_are_saved_without_them(saved, monkeypatch, tm
     save_heads(heads, tmp_path / "again", ModelFacts.of(model))
     again = lococo.attach(tiny(), str(tmp_path / "again"), num_slots=24, chunk_size=16).compressor
     assert heads.norms is again.norms is None
+
+
+def test_auto_goes_on_with_what_a_model_was_tuned_with(saved):
+    folder, weights = saved
+    model = llama()
+    setattr(model, TUNED_FOR, str(folder))
+    heads = tune(model, recipe(compressor="auto")).heads
+    assert all(torch.equal(tensor, weights[key]) for key, tensor in heads.state_dict().items())
+    for name in ("full", "h2o"):
+        model = llama()
+        setattr(model, TUNED_FOR, name)
+        compressor = tune(model, recipe(compressor="auto")).compressor
+        assert getattr(compressor, "name", compressor) == name
+
+
+def test_another_selection_leaves_the_papers_heads_as_they_are():
+    how = {"kernel_size": 7, "mix": 0.25, "seed": 3}
+    alone = tune(llama(), recipe(compressor="lococo-paper", **how))
+    paired = tune(llama(), recipe(compressor="h2o+lococo-paper", **how))
+    assert paired.heads.settings == alone.heads.settings
+    states = [each.heads.state_dict() for each in (alone, paired)]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    assert [compressors.selection_of(each.compressor) for each in (alone, paired)] == ["chunk-mass", "h2o"]
+    with pytest.raises(ArgumentError, match=r"unknown compressor 'h3o\+lococo-paper'"):
+        starting_compressor(llama(), recipe(compressor="h3o+lococo-paper"))
+
+
+def test_what_cannot_be_tuned_says_so():
+    with pytest.raises(ArgumentError, match=r"windows of 256 tokens beyond the model's 128 positions; .* 'yarn'"):
+        tune(llama(max_position_embeddings=128), recipe(compressor="full", length=256))
+    tune(llama(max_position_embeddings=128), recipe(compressor="full", length=256, rope="yarn"))
+    with pytest.raises(ArgumentError, match="vanish in float16; tune with --dtype bfloat16 or float32"):
+        tune(llama().half(), recipe())
 
 
 def test_without_heads_for_the_model_auto_makes_fresh_ones():

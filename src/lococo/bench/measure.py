@@ -71,25 +71,38 @@ def bench(
 
     Returns:
         One row per setting: its fields, the median of every figure, per figure the smallest and largest value under
-        "spread", under "nll" the mean nats per token (None where nothing was scored), and under "roofline" the tokens
-        per second that the machine could read and decode at best, from the medians of its bandwidth and arithmetic;
-        None where that is not known.
+        "spread", under "nll" the mean nats per token (None where nothing was scored), the bytes and operations that
+        were counted, and under "roofline" the tokens per second that the machine could read and decode at best, from
+        the medians of its bandwidth and arithmetic; None where that is not known. A setting that failed, for want of
+        memory say, is not tried again; its row has no figures, and under "failed" why.
 
     Raises:
-        LococoError: If a measurement fails; the message is the process's own.
+        LococoError: If every measurement fails; the message is the first process's own.
     """
     measured: list[list[Row]] = [[] for _ in settings]
+    failed: dict[int, str] = {}
     machines: list[Row] = []
     rows: list[Row] = []
     for turn in range(repeats):
         machines.append(in_new_process("machine", {"dtype": settings[0].dtype, "device": settings[0].device}))
         for number, setting in enumerate(settings):
             ids = texts[turn % len(texts)][: setting.length + setting.scored_tokens]
-            measured[number].append(measure_in_new_process(setting, ids))
+            if number not in failed:
+                try:
+                    measured[number].append(measure_in_new_process(setting, ids))
+                except LococoError as error:
+                    failed[number] = str(error)
+                    if len(failed) == len(settings):
+                        raise
             if progress is not None:
                 progress(turn * len(settings) + number + 1)
         limits = {name: median(each[name] for each in machines) for name in machines[0]}
-        rows = [_medians(setting, each, limits) for setting, each in zip(settings, measured, strict=True)]
+        rows = [
+            asdict(setting) | dict.fromkeys((*FIGURES, "nll")) | {"failed": failed[number]}
+            if number in failed
+            else _medians(setting, measured[number], limits)
+            for number, setting in enumerate(settings)
+        ]
         if each_round is not None:
             each_round(rows)
     return rows
@@ -103,14 +116,15 @@ def _medians(setting: Setting, measured: list[Row], limits: Row) -> Row:
         | {figure: median(row[figure] for row in measured) for figure in FIGURES}
         | {"nll": mean(told) if told else None, "repeats": len(measured)}
         | {"spread": spread | ({"nll": [min(told), max(told)]} if told else {})}
+        | {counted: measured[0][counted] for counted in ("weight_bytes", "operations")}
         | {"roofline": _roofline(measured[0], setting.length, setting.batch, limits)}
     )
 
 
 def _roofline(row: Row, length: int, batch: int, limits: Row) -> Row:
-    operations = row["operations"]
+    operations, weights = row["operations"], row["weight_bytes"]
     reading = None if operations is None else limits["operations_per_s"] * batch * length / operations
-    decoding = limits["bytes_per_s"] * batch / (row["weight_bytes"] + row["kv_bytes"])
+    decoding = None if weights is None else limits["bytes_per_s"] * batch / (weights + row["kv_bytes"])
     return {"prefill_tokens_per_s": reading, "decode_tokens_per_s": decoding, **limits}
 
 
@@ -122,12 +136,23 @@ def table(rows: Sequence[Row]) -> "Table":
     from lococo.progress import mib
 
     made = Table("tokens", "compressor", title="medians; factors are to the first compressor of the same length")
-    headings = "read tokens/s", "of roofline", "decode tokens/s", "of roofline", "first token s", "peak memory"
+    headings = (
+        "read tokens/s",
+        "of roofline",
+        "decode tokens/s",
+        "of roofline",
+        "p95 ms",
+        "first token s",
+        "peak memory",
+    )
     scored = any(row["nll"] is not None for row in rows)
     for heading in (*headings, "keys and values", *(["nats per token"] if scored else [])):
         made.add_column(heading, justify="right")
     first: dict[int, Row] = {}
     for row in rows:
+        if row.get("failed"):
+            made.add_row(f"{row['length']:,}", with_rows(row), row["failed"])
+            continue
         base = first.setdefault(row["length"], row)
         speeds = []
         for figure in FIGURES[:2]:
@@ -136,8 +161,8 @@ def table(rows: Sequence[Row]) -> "Table":
             speeds += ["" if best is None else f"{row[figure] / best:.0%}"]
         memory = [mib(row[f]) for f in FIGURES[3:5]]
         nll = [] if not scored else ["" if row["nll"] is None else f"{row['nll']:.3f}"]
-        name, waited = with_rows(row), f"{row[FIGURES[2]]:,.1f}"
-        made.add_row(f"{row['length']:,}", name, *speeds, waited, *memory, *nll)
+        waited = f"{1e3 * row['decode_p95_s']:,.0f}", f"{row['time_to_first_token_s']:,.1f}"
+        made.add_row(f"{row['length']:,}", with_rows(row), *speeds, *waited, *memory, *nll)
     return made
 
 
@@ -186,7 +211,8 @@ def in_new_process(what: str, asked: Row, *, python: Path | None = None, exact_m
 def measure(setting: Setting, ids: Sequence[int]) -> Row:
     """Read a prompt, decode a few tokens, and return the figures, those per second of all rows together.
 
-    Memory is the resident set's peak while reading, minus what the loaded and warmed-up model held before.
+    Memory is the resident set's peak while reading, minus what the loaded and warmed-up model held before; keys and
+    values that were taken before count.
 
     Args:
         setting: What to measure.
@@ -205,6 +231,7 @@ def measure(setting: Setting, ids: Sequence[int]) -> Row:
         read = time.perf_counter()
         peak = peak_memory(reader.device_type) - before
         kv_bytes, work = reader.kv_bytes(), reader.work(len(ids))
+        peak += kv_bytes if reader.taken_at_once else 0
         nll = reader.score(follows) if follows else None
         steps = []
         for _ in range(setting.decode_tokens):
@@ -224,18 +251,20 @@ def measure(setting: Setting, ids: Sequence[int]) -> Row:
     }
 
 
-def prompt(model: str | None, length: int) -> list[int]:
+def prompt(model: str | None, length: int, *, trust_remote_code: bool = False) -> list[int]:
     """Return so many tokens of the demo's text, again and again."""
     from lococo.documents import demo_text
     from lococo.models import load_tokenizer
     from lococo.tokenization import encode_stream
 
-    tokenizer, text = load_tokenizer(model), demo_text()
+    tokenizer, text = load_tokenizer(model, trust_remote_code=trust_remote_code), demo_text()
     pieces = (piece for _ in itertools.count() for piece in encode_stream(tokenizer, [text]))
     return list(itertools.islice(itertools.chain.from_iterable(pieces), length))
 
 
-def beginnings(model: str | None, files: Sequence[str], length: int) -> list[list[int]]:
+def beginnings(
+    model: str | None, files: Sequence[str], length: int, *, trust_remote_code: bool = False
+) -> list[list[int]]:
     """Return so many tokens of the beginning of each text.
 
     Raises:
@@ -245,7 +274,7 @@ def beginnings(model: str | None, files: Sequence[str], length: int) -> list[lis
     from lococo.models import load_tokenizer
     from lococo.tokenization import encode_stream
 
-    tokenizer, made = load_tokenizer(model), []
+    tokenizer, made = load_tokenizer(model, trust_remote_code=trust_remote_code), []
     for file in files:
         pieces = encode_stream(tokenizer, read_text(file))
         ids = list(itertools.islice(itertools.chain.from_iterable(pieces), length))
@@ -293,9 +322,18 @@ def _status(field: str) -> int:
     raise OSError(f"no {field} in /proc/self/status")
 
 
+def _settle_on(device: str | None) -> None:
+    """Make a GPU that is named by its number the one whose memory and time are looked at."""
+    if device is not None and device.startswith("cuda:"):
+        import torch
+
+        torch.cuda.set_device(device)
+
+
 def main(what: str) -> None:
     """Measure what standard input asks for, a reading, a step of tuning or the machine; print the figures as JSON."""
     asked = json.load(sys.stdin)
+    _settle_on(asked.get("setting", asked).get("device"))
     if what == "machine":
         measured = machine(**asked)
     elif what == "tuning":

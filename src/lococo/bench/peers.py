@@ -65,7 +65,8 @@ def _kvpress(setting: Setting, press: str) -> Iterator[Reader]:
     from transformers import AutoModelForCausalLM, DynamicCache
 
     name = str(setting.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, setting.dtype)).eval()
+    how = {"dtype": getattr(torch, setting.dtype), "trust_remote_code": setting.trust_remote_code}
+    model: Any = AutoModelForCausalLM.from_pretrained(name, **how).eval()
     if setting.device is not None:
         model = model.to(setting.device)
 
@@ -92,6 +93,7 @@ class LlamaCpp:
     """llama.cpp with a GGUF file."""
 
     device_type = "cpu"
+    taken_at_once = True
 
     def __init__(self, llama: Any, file: Path, entry_bytes: float) -> None:
         """Take a `llama_cpp.Llama`, its file, and the bytes that it keeps per token of its context."""

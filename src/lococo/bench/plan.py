@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from lococo.attachment import attach, window_of
 from lococo.bench.known import KNOWN
 from lococo.cache import SlotCache
+from lococo.cache_name import cache_name
 from lococo.entries import QUERY_ROWS
 from lococo.errors import ArgumentError
 from lococo.facts import ModelFacts
 from lococo.slot_layer import SlotLayer
+from lococo.state_layer import states_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -102,6 +105,7 @@ def plan(
     dtype: torch.dtype = torch.bfloat16,
     compressor: str = "mass-merge",
     devices: Mapping[str, float] = DEVICES,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Work out what a model needs, without its weights.
 
@@ -115,20 +119,26 @@ def plan(
         dtype: Of weights and cache.
         compressor: Decides what the cache takes down beside keys and values.
         devices: Memory by name, in GiB.
+        trust_remote_code: Run Python code that the model brings along.
 
     Raises:
         UnsupportedModelError: If the model has no key/value cache that slots could replace.
     """
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        # Of the ways to compute experts, the one whose shapes do not depend on numbers.
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code, experts_implementation="batched_mm"
+        )
     model.tie_weights()
     weights = {id(each): each for each in [*model.parameters(), *model.buffers()]}.values()
     parameters = sum(each.numel() for each in model.parameters())
     occupied = sum(each.numel() * each.element_size() for each in weights)
 
+    token = _one_token(model)
+
     def needs(batch: int) -> tuple[Need, Need]:
-        full = _full_cache(model, batch, context)
-        slots, entries = _slot_cache(model, compressor, num_slots, chunk_size, batch, context)
+        full = sum(_bytes_held(layer, context) for layer in token.layers) * batch
+        slots, entries = _slot_cache(model, token, compressor, num_slots, chunk_size, batch, context)
         chunk = min(chunk_size, context)
         # Its layers are copied whole when a chunk is put behind them.
         copied = full // model.config.get_text_config(decoder=True).num_hidden_layers
@@ -207,35 +217,72 @@ def _shape(model: PreTrainedModel) -> tuple[int, int, int]:
     return model.config.get_text_config(decoder=True).num_attention_heads, facts.num_key_value_heads, facts.head_dim
 
 
-def _full_cache(model: PreTrainedModel, batch: int, context: int) -> int:
-    """Return the bytes of transformers' own cache."""
-    _, h, d = _shape(model)
-    layers = DynamicCache(config=model.config).layers
-    return sum(_held(layer, context) for layer in layers) * batch * h * 2 * d * model.dtype.itemsize
+def _one_token(model: PreTrainedModel) -> DynamicCache:
+    """Return transformers' own cache after one token, read without weights, which tells what each layer keeps of it.
+
+    Where a forward pass needs numbers, as a model's own code may, all layers keep what the config says.
+    """
+    ids = torch.zeros(1, 1, dtype=torch.int64, device="meta")
+    cache = DynamicCache(config=model.config)
+    try:
+        with torch.no_grad():
+            model(ids, use_cache=True, **{cache_name(model): cache})
+    except (NotImplementedError, RuntimeError):
+        _, h, d = _shape(model)
+        cache = DynamicCache(config=model.config)
+        states = torch.empty(1, h, 1, d, dtype=model.dtype, device="meta")
+        for layer in cache.layers:
+            if isinstance(layer, CacheLayerMixin):
+                layer.update(states, states)
+    return cache
 
 
 def _slot_cache(
-    model: PreTrainedModel, compressor: str, num_slots: int, chunk_size: int, batch: int, context: int
+    model: PreTrainedModel,
+    token: DynamicCache,
+    compressor: str,
+    num_slots: int,
+    chunk_size: int,
+    batch: int,
+    context: int,
 ) -> tuple[int, int]:
-    """Return the bytes of a SlotCache, sliding layers included, and the entries of its widest layer."""
-    heads, h, d = _shape(model)
+    """Return the bytes of a SlotCache, layers without slots included, and the entries of its widest layer."""
+    heads, latent = _shape(model)[0], getattr(model.config, "kv_lora_rank", None)
     attachment = attach(model, compressor, num_slots=num_slots, chunk_size=chunk_size)
     cache = attachment.new_cache()
     assert isinstance(cache, SlotCache)
-    states = torch.empty(batch, h, 1, d, dtype=model.dtype, device="meta")
-    for layer in cache.slot_layers:
-        layer.lazy_initialization(states, states)
-        if "queries" in layer.compressor.observes:
-            layer.queries = states.new_empty(batch, h, heads // h, chunk_size, d)
-    sliding = sum(_held(layer, context) for layer in cache.layers if not isinstance(layer, SlotLayer))
+    others = 0
+    for layer, seen in zip(cache.layers, token.layers, strict=True):
+        others += (_state_bytes(seen) if isinstance(layer, SlotLayer) else _bytes_held(seen, context)) * batch
+        if isinstance(layer, SlotLayer) and (of_token := _of_token(seen)):
+            keys, values = (states.expand(batch, -1, -1, -1) for states in of_token)
+            layer.lazy_initialization(keys, values)
+            if "queries" in layer.compressor.observes:
+                h, d = keys.shape[1], keys.shape[-1]
+                # Without weights no probe tells latents, whose queries look at the rotated part of a key as well.
+                d += values.shape[-1] if d == latent else 0
+                layer.queries = keys.new_empty(batch, h, heads // h, chunk_size, d)
     entries = max(cache.slots_per_layer) + chunk_size
-    return cache.nbytes + sliding * batch * h * 2 * d * model.dtype.itemsize, entries
+    return cache.nbytes + others, entries
 
 
-def _held(layer: object, context: int) -> int:
-    """Return the entries that a layer of transformers holds: a sliding one those that the next token sees."""
+def _bytes_held(layer: Any, context: int) -> int:
+    """Return what a layer of transformers holds of a text, of which it has read one token.
+
+    Keys and values of every token, a sliding layer's of those that the next one sees, and a state of its own.
+    """
     window = getattr(layer, "sliding_window", None)
-    return context if window is None else min(context, window - 1)
+    tokens = context if window is None else min(context, window - 1)
+    return tokens * sum(each.nbytes for each in _of_token(layer)) + _state_bytes(layer)
+
+
+def _state_bytes(layer: object) -> int:
+    return sum(state.nbytes for _, _, state in states_of(layer))
+
+
+def _of_token(layer: Any) -> list[torch.Tensor]:
+    """Return keys and values of a layer, if it has any."""
+    return [each for name in ("keys", "values") if (each := getattr(layer, name, None)) is not None]
 
 
 def _activations(model: PreTrainedModel, batch: int, chunk: int, *, mask: int) -> int:
@@ -249,7 +296,8 @@ def _activations(model: PreTrainedModel, batch: int, chunk: int, *, mask: int) -
     heads, h, d = _shape(model)
     size, rows = model.dtype.itemsize, batch * chunk
     stream = rows * config.hidden_size * (2 * size + 8)
-    intermediate = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    sizes = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    intermediate = max(sizes) if isinstance(sizes, list | tuple) else sizes  # of each layer, or of all
     forward = 3 * rows * intermediate * size
     attention = rows * (3 * heads + 4 * h) * d * size + mask * size
     return int(stream + max(forward, attention) + batch * config.vocab_size * (size + 4))

@@ -30,6 +30,7 @@ class Setting:
         compiled: Compile the decoding of those that read with slots.
         batch: Rows that are read side by side, all of the same prompt.
         scored_tokens: Tokens behind the prompt whose likelihood is measured.
+        trust_remote_code: Run Python code that the model brings along.
     """
 
     compressor: str
@@ -44,6 +45,7 @@ class Setting:
     compiled: bool = False
     batch: int = 1
     scored_tokens: int = 0
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,11 @@ class Work:
     """What a reader cannot do without, however fast it is.
 
     Attributes:
-        weight_bytes: Read for every token that is decoded, beside what is kept of the text.
+        weight_bytes: Read for every token that is decoded, beside what is kept of the text; None: unknown.
         operations: Multiplications and additions for reading the prompt, those of attention included; None: unknown.
     """
 
-    weight_bytes: int
+    weight_bytes: int | None
     operations: float | None
 
 
@@ -63,6 +65,8 @@ class Reader(Protocol):
     """Something that reads a prompt and goes on from it."""
 
     device_type: str
+    # Whether the memory of what will be kept is taken when the reader is opened, so that no peak shows it.
+    taken_at_once: bool
 
     def read(self, ids: Sequence[int]) -> int:
         """Read a prompt from nothing, and return the token that is most likely to follow."""
@@ -91,6 +95,8 @@ class Reader(Protocol):
 
 class Transformers:
     """A model of transformers and one of its caches."""
+
+    taken_at_once = False
 
     def __init__(
         self, model: Any, new_cache: Callable[[], Any], *, chunk_size: int | None = None, batch: int = 1
@@ -152,8 +158,10 @@ class Transformers:
         return (length + 1) / 2
 
     def work(self, length: int) -> Work:
-        """See `Reader`."""
+        """See `Reader`; unknown where experts take turns, and operations where layers see a part of the text."""
         config = self.model.config.get_text_config(decoder=True)
+        if getattr(config, "num_experts_per_tok", None):
+            return Work(None, None)
         head = self.model.get_output_embeddings().weight
         tables = {id(self.model.get_input_embeddings().weight), id(head)}
         inner = [weight for weight in self.model.parameters() if id(weight) not in tables]
@@ -161,6 +169,8 @@ class Transformers:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         attention = 4 * config.num_hidden_layers * config.num_attention_heads * head_dim * self.attended(length)
         multiplied = sum(weight.numel() for weight in inner if weight.dim() > 1)
+        if getattr(config, "sliding_window", None):
+            return Work(size, None)
         return Work(size, self.batch * (length * (2 * multiplied + attention) + 2 * head.numel()))
 
     def kv_bytes(self) -> int:
@@ -247,4 +257,5 @@ def with_quantized_cache(setting: Setting, **options: Any) -> Iterator[Reader]:
 def _loaded(setting: Setting) -> Any:
     from lococo.models import load_model
 
-    return load_model(setting.model, dtype=setting.dtype, device=setting.device)[0]
+    trusted = {"trust_remote_code": setting.trust_remote_code}
+    return load_model(setting.model, dtype=setting.dtype, device=setting.device, **trusted)[0]

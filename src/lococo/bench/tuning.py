@@ -41,10 +41,12 @@ def step(recipe: Row, data: str, model: str | None, dtype: str, device: str | No
     from lococo.train.data import corpus_of
     from lococo.train.extend import tuning_of
     from lococo.train.long_lessons import LongLessons
+    from lococo.train.packing import check_longest
 
     asked = replace(Extension(**recipe), steps=2)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     corpus, _ = corpus_of([data], tokenizer, documents=1, seed=asked.seed)
+    check_longest(corpus, asked.length)
     chunk = min(asked.chunk_size, 256)
     short = replace(asked, steps=1, chunk_size=chunk, length=-(-asked.num_slots // chunk) * chunk + 2 * chunk)
     training, tuning = tuning_of(loaded, corpus, short)

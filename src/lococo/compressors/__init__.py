@@ -31,7 +31,7 @@ class Shape:
 
 # Raised whenever the compressors of this table do something else than before under the same name, so that what was
 # measured with them is measured again. Heads have a `revision` of their own.
-METHODS = 2
+METHODS = 3
 
 QUERIES = frozenset({"queries"})
 
@@ -87,15 +87,30 @@ def make(name: str, shape: Shape) -> Compressor:
         return heads
     if name not in PAIRS and Path(name).is_dir():
         return _saved(Path(name), str(Path(name).resolve()), shape)
-    selection, _, merge = ("+".join(PAIRS[name]) if name in PAIRS else name).partition("+")
-    if selection not in SELECTIONS or merge not in MERGES:
-        known = [*COMPRESSORS, *(f"{s}+{m}" for s in SELECTIONS for m in MERGES if m != "drop")]
-        nearest = difflib.get_close_matches(name, known, 1, 0.5)
-        hint = (
-            f"did you mean {nearest[0]!r}?" if nearest else "or a pair such as 'h2o+mass-merge', or a folder of heads"
-        )
-        raise ArgumentError(f"unknown compressor {name!r}; expected one of {', '.join(COMPRESSORS)}; {hint}")
+    check_known(name)
+    selection, merge = _pair(name)
     return SelectMerge(name, SELECTIONS[selection], MERGES[merge](shape))
+
+
+def _pair(name: str) -> tuple[str, str]:
+    """Return the names of a selection and a merge that a name stands for."""
+    selection, _, merge = ("+".join(PAIRS[name]) if name in PAIRS else name).partition("+")
+    return selection, merge
+
+
+def check_known(name: str) -> None:
+    """Refuse what is neither the name of a compressor nor of a folder.
+
+    Raises:
+        ArgumentError: Names the nearest.
+    """
+    selection, merge = _pair(name)
+    if name in COMPRESSORS or (selection in SELECTIONS and merge in MERGES) or Path(name).is_dir():
+        return
+    known = [*COMPRESSORS, *(f"{s}+{m}" for s in SELECTIONS for m in MERGES if m != "drop")]
+    nearest = difflib.get_close_matches(name, known, 1, 0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "or a pair such as 'h2o+mass-merge', or a folder of heads"
+    raise ArgumentError(f"unknown compressor {name!r}; expected one of {', '.join(COMPRESSORS)}; {hint}")
 
 
 def default(facts: ModelFacts) -> str:

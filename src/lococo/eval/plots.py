@@ -138,10 +138,12 @@ def bench(rows: Sequence[Row]) -> "Figure":
     figures = {
         "prefill_tokens_per_s": ("tokens read per second", 1),
         "decode_tokens_per_s": ("tokens decoded per second", 1),
+        "time_to_first_token_s": ("seconds to the first token", 1),
         "kv_bytes": ("keys and values, MiB", 2**20),
         "peak_memory_bytes": ("peak memory beside the model, MiB", 2**20),
     }
 
+    rows = [row for row in rows if not row.get("failed")]
     names = list(dict.fromkeys(map(with_rows, rows)))
     lengths = sorted({row["length"] for row in rows})
 
@@ -151,16 +153,15 @@ def bench(rows: Sequence[Row]) -> "Figure":
             drawn = sorted((row for row in rows if with_rows(row) == name), key=lambda row: row["length"])
             ends = [[end / unit for end in row["spread"][figure]] for row in drawn]
             scaled = [{"at": row[figure] / unit, "low": e[0], "high": e[1]} for row, e in zip(drawn, ends, strict=True)]
-            places = [lengths.index(row["length"]) + 0.05 * names.index(name) for row in drawn]
+            places = [row["length"] * 1.03 ** names.index(name) for row in drawn]
             _points(panel, places, scaled, "at", ("low", "high"), fmt="o-", label=name)
-        panel.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=30)
+        panel.minorticks_off()
         panel.margins(x=0.3)
         panel.set_xlabel("tokens")
         panel.set_title(words)
-        if len(lengths) > 2:
-            panel.set_yscale("log")
-        else:
-            panel.set_ylim(bottom=0)
+        panel.set_yscale("log")
 
     return _panels(list(figures), draw)
 

@@ -7,11 +7,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lococo.compressors import selection_of
+from lococo.compressors import Compressor, selection_of
 from lococo.compressors.heads import CHECKPOINT
 from lococo.errors import DocumentError
 from lococo.train.data import Corpus, corpus_of
-from lococo.train.extension import FULL, Extension
+from lococo.train.extension import Extension
 from lococo.train.hub import PREFIX
 from lococo.train.long_lessons import LongLessons
 from lococo.train.loop import Training, made_with, placed
@@ -92,7 +92,7 @@ def extend(
             tuning.modules,
             base=described,
             rope=tuning.rope,
-            compressor=None if tuning.heads is not None or recipe.compressor == FULL else recipe.compressor,
+            compressor=None if tuning.heads is not None else _name_of(tuning.compressor),
             heads=tuning.heads,
             selection=selection_of(tuning.compressor),
             training=figures,
@@ -114,6 +114,10 @@ def tuning_of(model: PreTrainedModel, corpus: Corpus, recipe: Extension) -> tupl
     tuning = tune(model, recipe)
     lessons = LongLessons(model, tuning.compressor, corpus, recipe)
     return Training(lessons, Trained(tuning.heads, tuning.groups), recipe, belongs_to), tuning
+
+
+def _name_of(compressor: Compressor | str) -> str:
+    return compressor if isinstance(compressor, str) else compressor.name
 
 
 def _round(model: PreTrainedModel, tuning: Tuning) -> None:

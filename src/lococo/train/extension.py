@@ -1,11 +1,15 @@
 """How a model is tuned to read far beyond its window: every field is a flag of `lococo extend`, and a line in YAML."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from lococo.errors import ArgumentError
+from lococo.options import check_kinds
 
 FULL = "full"
+
+Rope = Literal["none", "linear", "yarn"]
+Begin = Literal["random", "beginning"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,8 @@ class Extension:
     lora_rank: int = 8
     lora_alpha: int = 16
     lora_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    rope: Literal["none", "linear", "yarn"] = "none"
-    begin: Literal["random", "beginning"] = "random"
+    rope: Rope = "none"
+    begin: Begin = "random"
     short_documents: bool = False
     held_out_windows: int = 2
     kernel_size: int = 21
@@ -73,7 +77,15 @@ class Extension:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_kinds(self)
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+        for name, kind in (("rope", Rope), ("begin", Begin)):
+            if getattr(self, name) not in get_args(kind):
+                raise ArgumentError(
+                    f"expected {name} to be one of {', '.join(get_args(kind))}, got {getattr(self, name)}"
+                )
+        if not -(1 << 63) <= self.seed < 1 << 63:
+            raise ArgumentError(f"expected seed to be a number of 64 bits, got {self.seed}")
         counts = ("num_slots", "chunk_size", "length", "steps", "batch", "accumulate", "stretches")
         for name in (*counts, "lora_rank", "lora_alpha"):
             if getattr(self, name) < 1:

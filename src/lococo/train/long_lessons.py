@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,8 @@ class LongLessons:
         """Open a batch of windows; see `Lessons`. Every token but the first of each document counts."""
         recipe = self.recipe
         numbers = range(number * recipe.batch, (number + 1) * recipe.batch)
-        windows = [packed_window(self.corpus, seed, n, length=recipe.length, begin=recipe.begin) for n in numbers]
+        how: dict[str, Any] = {"length": recipe.length, "begin": recipe.begin, "short": recipe.short_documents}
+        windows = [packed_window(self.corpus, seed, n, **how) for n in numbers]
         pieces = side_by_side(windows)
         with attach(self.model, self.compressor, num_slots=num_slots, chunk_size=recipe.chunk_size) as slots:
             reading = _Reading(self.model, slots, recipe.chunk_size)

@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 import safetensors.torch
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -97,8 +98,10 @@ class Training:
                 per token; of the objective "attention" a share of the output's energy).
 
         Raises:
-            TrainingError: If the loss or a gradient is not finite; all is as it was before the step.
+            TrainingError: If the loss or a gradient is not finite; all is as it was before the step. If processes do
+                not stand at the same step of the same training.
         """
+        self._check_agreement()
         while self.step < self.schedule.steps:
             start = time.perf_counter()
             for row in self._steps():
@@ -148,6 +151,16 @@ class Training:
             str(slots): math.fsum(self._window(lessons, -1, number, slots)[0] / windows for number in range(windows))
             for slots in sorted(set(num_slots or lessons.turns))
         }
+
+    def _check_agreement(self) -> None:
+        stands = gather_object([(self.step, self._made_with)])
+        if len({made_with for _, made_with in stands}) > 1:
+            raise TrainingError("processes were started with different recipes, models or texts; use the same for all")
+        if len(steps := {step for step, _ in stands}) > 1:
+            raise TrainingError(
+                f"processes go on after different steps ({', '.join(map(str, sorted(steps)))}); put the output folder "
+                "where all of them see it"
+            )
 
     def _steps(self) -> Iterator[Row]:
         """Take the next step, or those of a window that is read in stretches."""
@@ -200,7 +213,8 @@ class Training:
         for loss, count in lesson.losses:
             total += loss.item() / expected
             waiting, chunks, counted = waiting + loss * weight, chunks + 1, counted + count
-            if chunks == lesson.compressions and waiting.requires_grad:
+            # Chunks before the first compression may have no gradient: the first that has one reaches past them.
+            if 0 < lesson.compressions <= chunks and waiting.requires_grad:
                 waiting.backward()
                 lesson.cut()
                 waiting, chunks = torch.zeros_like(waiting), 0
@@ -256,9 +270,12 @@ class Training:
 def made_with(model: PreTrainedModel, corpus: Corpus, recipe: Any) -> Row:
     """Return what a checkpoint belongs to: the model, the text, and the recipe but for its learning rates.
 
-    A training may go on with other rates, where it ran away with these.
+    A training may go on with other rates, where it ran away with these; what is trained at all must stay the same.
     """
-    kept = {name: value for name, value in asdict(recipe).items() if not name.endswith("learning_rate")}
+    kept = {
+        name: value > 0 if name.endswith("learning_rate") else value  # a checkpoint holds what has a rate
+        for name, value in asdict(recipe).items()
+    }
     facts = {"model": weights_fingerprint(model), "dtype": str(model.dtype)}
     return facts | {"text": corpus.fingerprint} | kept
 

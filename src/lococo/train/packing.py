@@ -5,12 +5,10 @@ of them can be drawn without those before it.
 """
 
 import random
-from typing import Literal
 
 from lococo.errors import DocumentError
 from lococo.train.data import BYTES_PER_TOKEN, Corpus, Document
-
-Begin = Literal["random", "beginning"]
+from lococo.train.extension import Begin
 
 # A piece of one token foretells nothing.
 LEAST = 2
@@ -22,7 +20,9 @@ ATTEMPTS = 1000
 TRIED = 8
 
 
-def packed_window(corpus: Corpus, seed: int, number: int, *, length: int, begin: Begin) -> list[list[int]]:
+def packed_window(
+    corpus: Corpus, seed: int, number: int, *, length: int, begin: Begin, short: bool = False
+) -> list[list[int]]:
     """Draw a window of one domain; domains take turns.
 
     Args:
@@ -31,6 +31,7 @@ def packed_window(corpus: Corpus, seed: int, number: int, *, length: int, begin:
         number: Which window.
         length: Tokens in all; one less where a single one is left over.
         begin: Where in a document a piece begins. Those that are shorter than what is missing are taken whole.
+        short: Draw documents that are shorter than a window as well; else only where a domain has no others.
 
     Returns:
         Token ids of each piece, in order.
@@ -42,6 +43,9 @@ def packed_window(corpus: Corpus, seed: int, number: int, *, length: int, begin:
     names = list(corpus.domains)
     documents = corpus.domains[names[number % len(names)]]
     weights = [document.nbytes for document in documents]
+    if not short:
+        enough = [nbytes if nbytes >= length * BYTES_PER_TOKEN else 0 for nbytes in weights]
+        weights = enough if any(enough) else weights
     pieces: list[list[int]] = []
     missing = length
     for _ in range(ATTEMPTS):

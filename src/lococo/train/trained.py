@@ -1,8 +1,10 @@
 """What a training changes: parameters in groups with rates of their own, and what a checkpoint keeps of them."""
 
 import json
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -75,16 +77,16 @@ class Trained:
             ],
             betas=(0.9, 0.98),
         )
-        for parameter in self.parameters.values():
+        for name, parameter in self.parameters.items():
             parameter.requires_grad_(True)
+            if (master := self.masters[name]) is not parameter:
+                parameter.register_post_accumulate_grad_hook(partial(_move_gradient, weakref.ref(master)))
 
     def gradients(self) -> list[Tensor]:
-        """Hand the gradients to the optimiser's copies, zeros where there is none, and return them."""
-        for name, parameter in self.parameters.items():
-            master, gradient = self.masters[name], parameter.grad
-            master.grad = torch.zeros_like(master) if gradient is None else gradient.to(master.dtype)
-            if master is not parameter:
-                parameter.grad = None
+        """Return the gradients that the optimiser will use, zeros where there is none."""
+        for master in self.masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
         return [cast(Tensor, master.grad) for master in self.masters.values()]
 
     def step(self, share: float) -> None:
@@ -131,6 +133,15 @@ class Trained:
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
+
+
+def _move_gradient(reference: weakref.ref[nn.Parameter], parameter: Tensor) -> None:
+    """Add a gradient to that of the optimiser's copy: sums over many chunks would be rounded in half precision."""
+    master, gradient = reference(), parameter.grad
+    if master is None or gradient is None:  # the training is over
+        return
+    master.grad = gradient.to(master.dtype) if master.grad is None else master.grad.add_(gradient)
+    parameter.grad = None
 
 
 def _master(parameter: nn.Parameter) -> nn.Parameter:

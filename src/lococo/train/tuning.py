@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lococo import compressors
-from lococo.attachment import slot_layer_indices
+from lococo.attachment import slot_layer_indices, window_of
 from lococo.compressors import Compressor, Shape
 from lococo.compressors.heads import Heads, shipped_heads
 from lococo.compressors.learned import LearnedHeads
@@ -21,6 +21,7 @@ from lococo.rope_scaling import apply_rope, scaled_rope
 from lococo.train.extension import FULL, Extension
 from lococo.train.recipe import Recipe
 from lococo.train.trained import OF_MODEL, Group, new_heads, of_heads_alone
+from lococo.tuned import TUNED_FOR
 
 AUTO, FRESH = "auto", "fresh"
 
@@ -52,14 +53,23 @@ def tune(model: PreTrainedModel, recipe: Extension) -> Tuning:
         recipe: How.
 
     Raises:
-        ArgumentError: If the compressor is unknown or LoRA finds none of its targets.
+        ArgumentError: If the compressor is unknown, LoRA finds none of its targets, or the full cache would read at
+            positions that the model does not have.
         UnsupportedModelError: If the model's RoPE cannot be scaled.
     """
+    if model.dtype == torch.float16:
+        raise ArgumentError("gradients of single tokens vanish in float16; tune with --dtype bfloat16 or float32")
     # Heads on disk know the RoPE that they were trained with, so they are looked for first.
     compressor = starting_compressor(model, recipe)
     rope = scaled_rope(model, recipe.rope, recipe.length)
     check_targets(model, recipe.lora_targets)
     apply_rope(model, rope)
+    window = window_of(model)
+    if compressor == FULL and window is not None and recipe.length > window:
+        raise ArgumentError(
+            f"the full cache would read windows of {recipe.length} tokens beyond the model's {window} positions; "
+            "scale them with rope 'yarn' or 'linear', or lower length"
+        )
     model.requires_grad_(False)
     lora = _lora(model, recipe)
     modules = _tuned_modules(model, recipe)
@@ -90,19 +100,29 @@ def starting_compressor(model: PreTrainedModel, recipe: Extension) -> Compressor
         FileFormatError: If heads on disk are for another model.
     """
     facts, name = ModelFacts.of(model), recipe.compressor
+    if name == AUTO:
+        untuned = LearnedHeads.kind if shipped_heads(facts) is not None else FRESH
+        name = getattr(model, TUNED_FOR, None) or untuned
     if name == FULL:
         return FULL
-    if name == AUTO:
-        name = LearnedHeads.kind if shipped_heads(facts) is not None else FRESH
-    if name in (FRESH, PaperHeads.kind):
-        made = new_heads(model, _of_new_heads(recipe, LearnedHeads.kind if name == FRESH else name))
+    if name == FRESH:
+        made = new_heads(model, _of_new_heads(recipe, LearnedHeads.kind))
         return compressors.of_heads(made, made.kind)
-    slots = dict.fromkeys(slot_layer_indices(model), recipe.num_slots)
-    made_there = compressors.make(name, Shape(slots, facts.head_dim, facts))
+    selection, _, kind = name.rpartition("+")
+    if kind == PaperHeads.kind:
+        compressors.make(name, _shape(model, recipe))  # a selection that is unknown is told
+        made = new_heads(model, _of_new_heads(recipe, kind))
+        return compressors.of_heads(made, name, *([selection] if selection else []))
+    made_there = compressors.make(name, _shape(model, recipe))
     if name == compressors.FROZEN and isinstance(made_there, LearnedHeads):
         # What is saved of them must not speak of changes that were left out.
         made_there.form = replace(made_there.form, norms=())
     return made_there
+
+
+def _shape(model: PreTrainedModel, recipe: Extension) -> Shape:
+    facts = ModelFacts.of(model)
+    return Shape(dict.fromkeys(slot_layer_indices(model), recipe.num_slots), facts.head_dim, facts)
 
 
 def _of_new_heads(recipe: Extension, kind: Any) -> Recipe:

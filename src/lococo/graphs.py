@@ -18,6 +18,9 @@ MOST_STATES = 8
 # What a hook of lococo's own is marked with.
 COMPILES = "lococo_compiles"
 
+# Where transformers' hooks come from that take down what a call asks for.
+CAPTURING = "transformers.utils.output_capturing"
+
 
 class Graphs:
     """A function of a model's modules as compiled graphs, one for each state of the modules that a call has met.
@@ -62,9 +65,13 @@ def marked(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _hooked(module: nn.Module) -> bool:
-    """Tell whether a module has hooks that are not `marked`."""
+    """Tell whether a module has hooks that are not `marked`.
+
+    transformers leaves some behind wherever hidden states or attention maps were once asked for; they do nothing in
+    calls that ask for none, and no others are compiled.
+    """
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return not all(getattr(hook, COMPILES, False) for hook in hooks)
+    return not all(getattr(hook, COMPILES, False) or getattr(hook, "__module__", "") == CAPTURING for hook in hooks)
 
 
 def _anyones_hooks() -> bool:

@@ -199,6 +199,7 @@ class Steps:
         if cache.step is None:
             cache.step = StepCache(len(cache.layers))
         cache.step.show(cache, position_ids)
+        inputs = {name: None if value is None else value.detach() for name, value in inputs.items()}
         given = {"position_ids": position_ids} | {name: value for name, value in inputs.items() if value is not None}
         # Changes of norms hold or do not, whichever compressor the model is attached with.
         norms = norms_of(cache.compressor) is not None

@@ -79,6 +79,12 @@ def test_steps_of_embeddings_are_compiled_and_those_that_show_more_are_not():
     model, ids = copy.deepcopy(tiny()), tokens(1, 60)
     embedded = model.get_input_embeddings()(ids[:, :1])
     with lococo.attach(model, "mass-merge", num_slots=32, chunk_size=16, compiled=True) as slots, torch.no_grad():
+        counters.clear()
+        rows, pair = tokens(2, 70), slots.new_cache()
+        prefill(model, rows[:, :60], pair)
+        for end in range(61, 66):  # slices of whatever strides are one kind
+            model(rows[:, :end][:, -1:], past_key_values=pair)
+        assert counters["stats"]["unique_graphs"] == 1
         plain, cache = slots.new_cache(), slots.new_cache()
         for each in (plain, cache):
             prefill(model, ids, each)
@@ -94,6 +100,21 @@ def test_steps_of_embeddings_are_compiled_and_those_that_show_more_are_not():
         model.config.output_hidden_states = True
         assert len(model(ids[:, :1], past_key_values=cache).hidden_states) == 5
         assert cache.step is None
+
+
+def test_steps_of_a_model_with_hooks_run_as_they_are_written():
+    model, ids, seen, logits = copy.deepcopy(tiny()), tokens(1, 60), [], {}
+    model.model.layers[1].register_forward_hook(lambda module, inputs, output: seen.append(len(seen)) or output * 1.5)
+    for compiled in (False, True):
+        counters.clear()
+        with lococo.attach(model, "h2o", num_slots=32, chunk_size=16, compiled=compiled) as slots, torch.no_grad():
+            cache = slots.new_cache()
+            prefill(model, ids, cache)
+            before = len(seen)
+            logits[compiled] = torch.stack([prefill(model, ids[:, n : n + 1], cache) for n in range(30)])
+            assert len(seen) == before + 30
+            assert (cache.step is not None) == compiled
+    assert (logits[True] - logits[False]).abs().max() < 2e-5
 
 
 def test_a_cache_of_another_compressor_is_another_kind():

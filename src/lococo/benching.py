@@ -6,7 +6,7 @@ Nothing here imports torch before the verb runs.
 import sys
 
 from lococo.atomic import write_atomically
-from lococo.errors import ArgumentError
+from lococo.errors import ArgumentError, LococoError
 from lococo.files import output_file
 from lococo.options import ModelOptions, check_at_least_one, check_named, plot_file
 from lococo.results import ABOUT, about_this_run, as_lines
@@ -125,6 +125,11 @@ def bench(
         from lococo.eval import plots
 
         plots.save(plots.bench(rows), picture)
+    if failed := [row for row in rows if "failed" in row]:
+        said = "; ".join(dict.fromkeys(row["failed"] for row in failed))
+        raise LococoError(
+            f"{len(failed)} of {len(rows)} could not be measured to the end, the others are in {json}: {said}"
+        )
 
 
 def _with_limit(name: str) -> tuple[str, int | None]:

@@ -199,11 +199,14 @@ class Steps:
         if cache.step is None:
             cache.step = StepCache(len(cache.layers))
         cache.step.show(cache, position_ids)
-        inputs = {name: None if value is None else value.detach() for name, value in inputs.items()}
+        inputs = {name: None if value is None else value.detach().contiguous() for name, value in inputs.items()}
         given = {"position_ids": position_ids} | {name: value for name, value in inputs.items() if value is not None}
-        # Changes of norms hold or do not, whichever compressor the model is attached with.
-        norms = norms_of(cache.compressor) is not None
-        kind = cache.step.kind, norms, tuple((name, kind_of(value)) for name, value in given.items())
+        # The cache's own changes of norms hold, whichever compressor the model is attached with.
+        kind = (
+            cache.step.kind,
+            norms_of(cache.compressor),
+            tuple((name, kind_of(value)) for name, value in given.items()),
+        )
         with cache.norms_holding(always=True):
             hidden = self.graphs(kind, self.forward, self.name, cache.step, position_ids, **inputs)
         output: dict[str, Any] = {"last_hidden_state": hidden, self.name: cache}

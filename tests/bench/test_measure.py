@@ -18,7 +18,7 @@ from lococo.bench.peers import Peer
 from lococo.bench.readers import Setting, Transformers, Work, with_slots
 from lococo.cache import SlotCache
 from lococo.errors import LococoError
-from lococo.eval import plots
+from lococo.eval import plots, sections
 
 
 def test_settings_take_turns_and_medians_are_reported(monkeypatch):
@@ -83,12 +83,16 @@ def test_a_setting_that_fails_is_told_and_the_others_go_on(monkeypatch):
     rows = measure.bench(settings, [[8] * 100], repeats=3)
     assert tried == ["full", "h2o", "tova", "h2o", "tova", "h2o"]
     assert [row.get("failed") for row in rows] == ["exit status -9", None, "exit status -9"]
-    assert [row["prefill_tokens_per_s"] for row in rows] == [None, 2.0, None]
+    # What was measured before is not lost.
+    assert [row["prefill_tokens_per_s"] for row in rows] == [None, 2.0, 2.0]
+    assert rows[2]["repeats"] == 1
     assert (rows[1]["weight_bytes"], rows[1]["operations"], rows[1]["repeats"]) == (2.0, 2.0, 3)
     console = Console(record=True, width=170, file=io.StringIO())
     console.print(measure.table(rows))
     assert "exit status -9" in console.export_text()
     plots.bench(rows)
+    [section] = sections.sections(rows)
+    assert [line[6].text for line in section.sheets[0].lines] == ["failed", *["2.0 (2.0 to 2.0)"] * 2]
     with pytest.raises(LococoError, match="exit status -9"):
         measure.bench(settings[:1], [[8] * 100])
 

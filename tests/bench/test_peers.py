@@ -3,6 +3,7 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
+import torch
 from families import tiny
 from transformers import AutoModelForCausalLM
 
@@ -54,14 +55,14 @@ def dropping(model, share):
 
 
 def test_kvpress_goes_on_after_the_prompt_and_not_after_the_entries_that_are_left(monkeypatch):
-    model, places = tiny(), []
+    model, places, asked = tiny(), [], []
     seen = model.register_forward_pre_hook(
         lambda module, args, kwargs: places.append(kwargs["position_ids"].tolist()), with_kwargs=True
     )
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, **how: model)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name, **how: asked.append(how) or model)
     module = SimpleNamespace(SnapKVPress=lambda compression_ratio: lambda model: dropping(model, compression_ratio))
     monkeypatch.setitem(sys.modules, "kvpress", module)
-    setting = Setting("kvpress-snapkv", 8, num_slots=2, model="a folder")
+    setting = Setting("kvpress-snapkv", 8, num_slots=2, model="a folder", dtype="bfloat16", trust_remote_code=True)
     with seen, PEERS["kvpress-snapkv"].opened(setting) as reader:
         for _ in range(2):
             follows = reader.read(list(range(8)))
@@ -69,6 +70,7 @@ def test_kvpress_goes_on_after_the_prompt_and_not_after_the_entries_that_are_lef
             reader.step(reader.step(follows))
             assert reader.cache.get_seq_length() == 4
     assert places == 2 * [[list(range(8))], [[8]], [[9]]]
+    assert asked == [{"dtype": torch.bfloat16, "trust_remote_code": True}]
 
 
 class FakeLlama:

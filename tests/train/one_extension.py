@@ -46,7 +46,7 @@ def corpus_in(folder, *texts):
     for number, text in enumerate(texts or (WORDS,)):
         file = folder / f"{number}.txt"
         file.write_text(text)
-        documents.append(Document(file, 0, len(text)))
+        documents.append(Document(file, 0, len(text.encode())))
     return Corpus({"": documents}, Letters())
 
 

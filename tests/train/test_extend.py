@@ -422,7 +422,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     lower.load(tmp_path / "checkpoint.safetensors")
     # What is not trained any more would be lost, and what is trained from here on is not in it.
     without, _ = tuning(tmp_path, norms_learning_rate=0.0)
-    with pytest.raises(FileFormatError, match=r"\(norms_learning_rate True\) than this one \(norms_"):
+    with pytest.raises(FileFormatError, match=r"\(norms_learning_rate above 0 True\) than this one \(norms_"):
         without.load(tmp_path / "checkpoint.safetensors")
 
 

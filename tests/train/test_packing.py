@@ -40,6 +40,12 @@ def test_short_documents_are_taken_whole_one_after_the_other(tmp_path):
 def test_documents_that_fill_no_window_are_drawn_only_where_they_are_asked_for(tmp_path):
     corpus = corpus_in(tmp_path, LONG, *["a" * 90] * 200)
     assert all(len(pieces) == 1 for pieces in windows(corpus, length=128))
+    # Bytes do not tell: a letter of two is a token, as well as one of one byte.
+    corpus = corpus_in(tmp_path / "of two", LONG[:200], "\u00e9" * 140, "\u00e4" * 100)
+    drawn = [pieces for pieces in windows(corpus, length=128, count=40) if len(pieces) == 1]
+    assert len(drawn) == 40
+    assert {chr(pieces[0][0]) for pieces in drawn} & {"\u00e9", "\u00e4"} == {"\u00e9"}
+    corpus = corpus_in(tmp_path / "short", LONG, *["a" * 90] * 200)
     drawn = [packed_window(corpus, 0, n, length=128, begin="random", short=True) for n in range(12)]
     assert sum(len(pieces) > 1 for pieces in drawn) > 6
 

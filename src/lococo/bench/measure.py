@@ -74,10 +74,10 @@ def bench(
         "spread", under "nll" the mean nats per token (None where nothing was scored), the bytes and operations that
         were counted, and under "roofline" the tokens per second that the machine could read and decode at best, from
         the medians of its bandwidth and arithmetic; None where that is not known. A setting that failed, for want of
-        memory say, is not tried again; its row has no figures, and under "failed" why.
+        memory say, is not tried again; its row has under "failed" why, and the figures of the rounds before, or None.
 
     Raises:
-        LococoError: If every measurement fails; the message is the first process's own.
+        LococoError: If nothing could be measured; the message is the last process's own.
     """
     measured: list[list[Row]] = [[] for _ in settings]
     failed: dict[int, str] = {}
@@ -92,16 +92,15 @@ def bench(
                     measured[number].append(measure_in_new_process(setting, ids))
                 except LococoError as error:
                     failed[number] = str(error)
-                    if len(failed) == len(settings):
+                    if len(failed) == len(settings) and not any(measured):
                         raise
             if progress is not None:
                 progress(turn * len(settings) + number + 1)
         limits = {name: median(each[name] for each in machines) for name in machines[0]}
         rows = [
-            asdict(setting) | dict.fromkeys((*FIGURES, "nll")) | {"failed": failed[number]}
-            if number in failed
-            else _medians(setting, measured[number], limits)
-            for number, setting in enumerate(settings)
+            (_medians(setting, each, limits) if each else asdict(setting) | dict.fromkeys((*FIGURES, "nll")))
+            | ({"failed": failed[number]} if number in failed else {})
+            for number, (setting, each) in enumerate(zip(settings, measured, strict=True))
         ]
         if each_round is not None:
             each_round(rows)
@@ -135,7 +134,7 @@ def table(rows: Sequence[Row]) -> "Table":
     from lococo.eval.labels import with_rows
     from lococo.progress import mib
 
-    made = Table("tokens", "compressor", title="medians; factors are to the first compressor of the same length")
+    made = Table("tokens", "compressor", title="medians; factors are to the first row of the same length")
     headings = (
         "read tokens/s",
         "of roofline",
@@ -150,7 +149,7 @@ def table(rows: Sequence[Row]) -> "Table":
         made.add_column(heading, justify="right")
     first: dict[int, Row] = {}
     for row in rows:
-        if row.get("failed"):
+        if row[FIGURES[0]] is None:
             made.add_row(f"{row['length']:,}", with_rows(row), row["failed"])
             continue
         base = first.setdefault(row["length"], row)

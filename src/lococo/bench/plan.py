@@ -1,6 +1,7 @@
 """What reading will need, from a model's config alone: memory of weights, caches and the work on one chunk."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -127,7 +128,7 @@ def plan(
     with torch.device("meta"):
         # Of the ways to compute experts, the one whose shapes do not depend on numbers.
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, trust_remote_code=trust_remote_code, experts_implementation="batched_mm"
+            deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code, experts_implementation="batched_mm"
         )
     model.tie_weights()
     weights = {id(each): each for each in [*model.parameters(), *model.buffers()]}.values()
@@ -227,7 +228,7 @@ def _one_token(model: PreTrainedModel) -> DynamicCache:
     try:
         with torch.no_grad():
             model(ids, use_cache=True, **{cache_name(model): cache})
-    except (NotImplementedError, RuntimeError):
+    except Exception:  # whatever such code raises
         _, h, d = _shape(model)
         cache = DynamicCache(config=model.config)
         states = torch.empty(1, h, 1, d, dtype=model.dtype, device="meta")

@@ -183,6 +183,8 @@ class Slots(Transformers):
 
     def attended(self, length: int) -> float:
         """Return how many entries a prompt's tokens attend to, on average: at most the slots and half a chunk."""
+        if not hasattr(self.cache, "num_slots"):  # "auto", of a model that was tuned with the full cache
+            return super().attended(length)
         return min(super().attended(length), float(self.cache.num_slots + self.cache.chunk_size / 2))
 
     def read(self, ids: Sequence[int]) -> int:

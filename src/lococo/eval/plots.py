@@ -143,7 +143,7 @@ def bench(rows: Sequence[Row]) -> "Figure":
         "peak_memory_bytes": ("peak memory beside the model, MiB", 2**20),
     }
 
-    rows = [row for row in rows if not row.get("failed")]
+    rows = [row for row in rows if row["prefill_tokens_per_s"] is not None]
     names = list(dict.fromkeys(map(with_rows, rows)))
     lengths = sorted({row["length"] for row in rows})
 

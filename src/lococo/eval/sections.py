@@ -312,8 +312,7 @@ def _bench(rows: list[Row], baseline: str) -> Section:
         [
             *_words(row["compressor"], row["dtype"]),
             *_wholes(row | {"batch": row.get("batch", 1)}, "length", "num_slots", "chunk_size", "batch"),
-            *(cell for name in SPEEDS for cell in (_spread(row, name), _of_roofline(row, name))),
-            *(Cell(mib(row[name]), row[name]) for name in ("kv_bytes", "peak_memory_bytes")),
+            *([Cell("failed", -1)] + [Cell("", -1)] * 5 if row[SPEEDS[0]] is None else _costs(row)),
             *([_scored(row)] if scored else []),
         ]
         for row in rows
@@ -327,6 +326,11 @@ def _bench(rows: list[Row], baseline: str) -> Section:
     )
     sheets = [Sheet("what it costs", headings, lines)]
     return Section("What it costs", words, lambda: plots.bench(rows), sheets)
+
+
+def _costs(row: Row) -> list[Cell]:
+    speeds = [cell for name in SPEEDS for cell in (_spread(row, name), _of_roofline(row, name))]
+    return speeds + [Cell(mib(row[name]), row[name]) for name in ("kv_bytes", "peak_memory_bytes")]
 
 
 def _tuning(rows: list[Row], baseline: str) -> Section:

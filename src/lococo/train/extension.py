@@ -17,7 +17,8 @@ class Extension:
     """How a model and its heads are tuned.
 
     Attributes:
-        compressor: auto (the heads that come with lococo for the model, or else fresh), fresh (new heads of ours),
+        compressor: auto (what the model was tuned with before, or the heads that come with lococo for it, or else fresh
+            ones), fresh (new heads of ours),
             lococo-paper (new ones of the paper; h2o+lococo-paper with another selection), a folder of heads, a name
             without heads such as h2o, with which the model alone is tuned, or full, which keeps every token and needs
             memory for it.
@@ -43,7 +44,7 @@ class Extension:
         rope: none, positions packed into the window; linear, as the paper does, or yarn: RoPE is scaled by
             length / window.
         begin: Where in a document a window begins: at random places, or always at its beginning.
-        short_documents: Go on although no document is as long as a window.
+        short_documents: Fill windows with documents of any length, and go on although none is as long as a window.
         held_out_windows: Windows of text kept apart on which the loss is measured, before, after and along the way.
         kernel_size: Of the paper's convolutions.
         mix: Start of the paper's n; 0 is eviction.

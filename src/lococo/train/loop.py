@@ -272,10 +272,9 @@ def made_with(model: PreTrainedModel, corpus: Corpus, recipe: Any) -> Row:
 
     A training may go on with other rates, where it ran away with these; what is trained at all must stay the same.
     """
-    kept = {
-        name: value > 0 if name.endswith("learning_rate") else value  # a checkpoint holds what has a rate
-        for name, value in asdict(recipe).items()
-    }
+    fields = asdict(recipe).items()
+    kept = {name: value for name, value in fields if not name.endswith("learning_rate")}
+    kept |= {f"{name} above 0": value > 0 for name, value in fields if name not in kept}
     facts = {"model": weights_fingerprint(model), "dtype": str(model.dtype)}
     return facts | {"text": corpus.fingerprint} | kept
 

@@ -16,6 +16,9 @@ LEAST = 2
 # Documents that are tried one after the other before a corpus counts as empty.
 ATTEMPTS = 1000
 
+# Documents that fill no window are drawn so often in vain before they are packed.
+REDRAWN = 100
+
 # Documents, the largest first, of which one must be as long as a window.
 TRIED = 8
 
@@ -31,7 +34,7 @@ def packed_window(
         number: Which window.
         length: Tokens in all; one less where a single one is left over.
         begin: Where in a document a piece begins. Those that are shorter than what is missing are taken whole.
-        short: Draw documents that are shorter than a window as well; else only where a domain has no others.
+        short: Take documents that are shorter than a window as well; else only where none is found that is as long.
 
     Returns:
         Token ids of each piece, in order.
@@ -43,14 +46,16 @@ def packed_window(
     names = list(corpus.domains)
     documents = corpus.domains[names[number % len(names)]]
     weights = [document.nbytes for document in documents]
-    if not short:
-        enough = [nbytes if nbytes >= length * BYTES_PER_TOKEN else 0 for nbytes in weights]
+    if not short:  # a token is a byte at least
+        enough = [nbytes if nbytes >= length else 0 for nbytes in weights]
         weights = enough if any(enough) else weights
     pieces: list[list[int]] = []
     missing = length
-    for _ in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS):
         document = draw.choices(documents, weights)[0]
         ids = _piece(corpus, document, draw.random() if begin == "random" else 0.0, missing)
+        if not short and len(ids) < missing and attempt < REDRAWN:
+            continue
         if len(ids) >= LEAST:
             pieces.append(ids)
             missing -= len(ids)

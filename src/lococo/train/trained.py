@@ -26,6 +26,9 @@ from lococo.train.recipe import Recipe
 # Before the names of a model's own parameters; those of heads stand alone.
 OF_MODEL = "model:"
 
+# Where a parameter keeps the handle of the hook that moves its gradient.
+HOOK = "lococo_gradient_hook"
+
 
 @dataclass(frozen=True)
 class Group:
@@ -80,7 +83,10 @@ class Trained:
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(True)
             if (master := self.masters[name]) is not parameter:
-                parameter.register_post_accumulate_grad_hook(partial(_move_gradient, weakref.ref(master)))
+                if (former := getattr(parameter, HOOK, None)) is not None:
+                    former.remove()  # of another training, which would take the gradient away
+                hook = partial(_move_gradient, weakref.ref(master))
+                setattr(parameter, HOOK, parameter.register_post_accumulate_grad_hook(hook))
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients that the optimiser will use, zeros where there is none."""

@@ -64,6 +64,8 @@ def tune(model: PreTrainedModel, recipe: Extension) -> Tuning:
     rope = scaled_rope(model, recipe.rope, recipe.length)
     check_targets(model, recipe.lora_targets)
     apply_rope(model, rope)
+    if compressor == FULL and recipe.stretches > 1:
+        raise ArgumentError(f"the full cache is tuned in one stretch, got {recipe.stretches}; set stretches to 1")
     window = window_of(model)
     if compressor == FULL and window is not None and recipe.length > window:
         raise ArgumentError(

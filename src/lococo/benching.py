@@ -128,7 +128,7 @@ def bench(
     if failed := [row for row in rows if "failed" in row]:
         said = "; ".join(dict.fromkeys(row["failed"] for row in failed))
         raise LococoError(
-            f"{len(failed)} of {len(rows)} could not be measured to the end, the others are in {json}: {said}"
+            f"{len(failed)} of {len(rows)} could not be measured to the end; the rest is in {json}: {said}"
         )
 
 

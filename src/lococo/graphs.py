@@ -27,8 +27,8 @@ class Graphs:
 
     torch.compile looks through every attribute and tensor that the function reads before each call, which takes a fifth
     of the time of a decoding step. Here it looks at none; `kind` and the modules' attributes, compared as whole
-    dictionaries, decide which graph is called. What that cannot tell apart runs as it is written: hooks that are not
-    lococo's own, which may look at anything, and modules whose attributes change again and again.
+    dictionaries, decide which graph is called. What that cannot tell apart runs as it is written: users' hooks, which
+    may look at anything, and modules whose attributes change again and again.
     """
 
     def __init__(self, function: Callable[..., Any], root: nn.Module) -> None:

@@ -83,7 +83,8 @@ def test_steps_of_embeddings_are_compiled_and_those_that_show_more_are_not():
         rows, pair = tokens(2, 70), slots.new_cache()
         prefill(model, rows[:, :60], pair)
         for end in range(61, 66):  # slices of whatever strides are one kind
-            model(rows[:, :end][:, -1:], past_key_values=pair)
+            places = torch.arange(end)[None].repeat(2, 1)[:, -1:]
+            model(rows[:, :end][:, -1:], past_key_values=pair, position_ids=places)
         assert counters["stats"]["unique_graphs"] == 1
         plain, cache = slots.new_cache(), slots.new_cache()
         for each in (plain, cache):

@@ -198,6 +198,7 @@ class Steps:
         """Read the step, inside the cache's chunk; inputs are input_ids or inputs_embeds."""
         if cache.step is None:
             cache.step = StepCache(len(cache.layers))
+        position_ids = position_ids.contiguous()  # slices of whatever strides are one kind
         cache.step.show(cache, position_ids)
         inputs = {name: None if value is None else value.detach().contiguous() for name, value in inputs.items()}
         given = {"position_ids": position_ids} | {name: value for name, value in inputs.items() if value is not None}

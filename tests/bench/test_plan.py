@@ -50,6 +50,16 @@ def test_bytes_of_the_full_cache_are_those_of_one_that_has_read(family):
     assert planned(model, batch=2).full.cache == nbytes(cache)
 
 
+def test_a_model_that_reads_nothing_without_numbers_keeps_what_its_config_says(monkeypatch):
+    model, read = tiny("qwen3"), planned(tiny("qwen3"))
+
+    def forward(*args, **kwargs):
+        raise AttributeError("get_usable_length")
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    assert planned(model) == read
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parameters_are_those_of_the_model(family):
     model = tiny(family)

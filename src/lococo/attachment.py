@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from lococo import attention, compressors
+from lococo import attention, compressors, loops
 from lococo.around import Around
 from lococo.cache import Positions, SlotCache, grows
 from lococo.chunked import ReadingInChunks
@@ -163,10 +163,15 @@ def _replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Callable
 
 
 def _logits(forward: Callable[[Tensor], Tensor], head: nn.Linear, hidden: Tensor) -> Tensor:
-    """Read logits off hidden states, compiled for one row of them."""
-    if hidden.numel() != hidden.shape[-1] or torch.is_grad_enabled() or not fast():
+    """Read logits off hidden states, compiled for one row of them, and in a loop of our own for a few."""
+    if torch.is_grad_enabled() or not fast():
         return forward(hidden)
-    return linear_step(hidden.reshape(-1), head.weight, head.bias).view(*hidden.shape[:-1], -1)
+    if hidden.numel() == hidden.shape[-1]:
+        return linear_step(hidden.reshape(-1), head.weight, head.bias).view(*hidden.shape[:-1], -1)
+    if loops.multiplies(hidden, head.weight):
+        logits = loops.few_rows(hidden, head.weight).to(hidden.dtype)
+        return logits if head.bias is None else logits + head.bias
+    return forward(hidden)
 
 
 def attach(

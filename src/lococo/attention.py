@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from lococo import kernels
+from lococo import kernels, loops
 from lococo.cache import SlotCache
 from lococo.fast import fast
 from lococo.probe import attention_function
@@ -85,6 +85,9 @@ def slot_attention(
     if _gives_mass(implementation, layer, module, query, key, value, **kwargs):
         mixed, mass = cast(SlotLayer, layer).attend_with_mass(query, key, value, scaling, softcap, sinks)
         output = mixed, None
+    elif own == "sdpa" and isinstance(layer, StepLayer) and layer.looped and _plain(query, key, **kwargs):
+        mixed = loops.attention(query, key, value, layer.entry_bias(), scaling)
+        output = mixed.to(query.dtype).transpose(1, 2), None
     elif own == "sdpa" and query.shape[0] == 1 and query.shape[2] > 1 and query.device.type == "cpu" and fast():
         bias = layer.shared_bias(query)
         if _as_products(query, key, value, bias, **kwargs):
@@ -126,19 +129,18 @@ def _gives_mass(
     )
 
 
-def _as_products(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    dropout: float = 0.0,
-    position_bias: Tensor | None = None,
-    **kwargs: Any,
+def _plain(
+    query: Tensor, key: Tensor, dropout: float = 0.0, position_bias: Tensor | None = None, **kwargs: Any
 ) -> bool:
+    """Tell whether sdpa is asked for nothing that attention of our own does not know."""
+    return query.dtype == key.dtype and not dropout and position_bias is None
+
+
+def _as_products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, **kwargs: Any) -> bool:
     """Tell whether `_by_products`, which writes in place, computes what sdpa does, and faster."""
     # Heads that learn give keys, values and masses a gradient where the model's own queries have none.
     learning = any(each is not None and each.requires_grad for each in (query, key, value, bias))
-    return query.dtype == torch.bfloat16 and not learning and not dropout and position_bias is None
+    return query.dtype == torch.bfloat16 and not learning and _plain(query, key, **kwargs)
 
 
 def _by_products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float) -> Tensor:

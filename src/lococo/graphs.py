@@ -1,4 +1,4 @@
-"""Functions compiled into one graph each, and written for a CPU that reads one row at a time."""
+"""Functions compiled into one graph each, and written for a CPU that reads one row at a time, or a few."""
 
 import copy
 import functools
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lococo import loops
 from lococo.errors import LococoError
 
 # States of a model's modules that are compiled for; whoever brings more changes something with every step.
@@ -220,16 +221,19 @@ def _written_down(values: Any) -> Any:
 
 
 def _row_times_matrix(row: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply one row, see `_row_kept`, by a matrix as products and sums.
+    """Multiply one row, see `_row_kept`, by a matrix as products and sums; a few as `loops.few_rows` does.
 
     The compiler makes one loop of them that reads weights as fast as memory gives them; the libraries' own products of
     matrices, made for many rows, reach half of that here (docs/log.md).
     """
-    if not _is_one_row(row):
+    if _is_one_row(row):
+        product = (row.reshape(1, -1) * weight).sum(-1).view(*row.shape[:-1], -1)
+    elif loops.multiplies(row, weight):
+        product = loops.few_rows(row, weight)
+    else:
         return functional.linear(row, weight, bias)
-    product = (row.reshape(1, -1) * weight).sum(-1).to(weight.dtype)
-    product = product if bias is None else product + bias
-    return product.view(*row.shape[:-1], -1)
+    product = product.to(weight.dtype)
+    return product if bias is None else product + bias
 
 
 def _row_kept(row: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from lococo import loops
 from lococo.cache import SlotCache
 from lococo.cache_name import CACHE_NAMES, cache_name
 from lococo.fast import fast
@@ -53,6 +54,8 @@ class StepLayer(CacheLayerMixin):
         self.step = step
         self.buffers: list[Tensor | None] = []
         self.kind = 0
+        # Whether there is a loop for the attention of one query, see `loops`.
+        self.looped = False
         # Attention mass of the step's queries, until the step is counted, (b h s); None: nobody asks for it.
         self.pending: Tensor | None = None
 
@@ -63,6 +66,7 @@ class StepLayer(CacheLayerMixin):
             self.buffers = buffers
             for name, buffer in zip(SlotLayer.row_tensors, buffers, strict=True):
                 setattr(self, name, buffer)
+            self.looped = loops.attends(self.keys, self.values)
             self.kind = _number(tuple(None if buffer is None else kind_of(buffer) for buffer in buffers))
         self.place = place
         if layer.mass is not None and (self.pending is None or self.pending.shape != layer.mass.shape):
@@ -119,10 +123,14 @@ class StepLayer(CacheLayerMixin):
                 logits = torch.cat([logits, beside], -1)
             self.pending.copy_(logits.softmax(-1)[..., : self.pending.shape[-1]].sum(2))
 
-    def _bias(self) -> Tensor:
+    def entry_bias(self) -> Tensor:
+        """Return log_mass, and -inf for entries that are not filled, (b h s) in float32."""
         width = self.log_mass.shape[-1]
         hidden = torch.arange(width, device=self.place.device) > self.place[:, None]
-        return self.log_mass.masked_fill(hidden[:, None], -torch.inf)[:, :, None]
+        return self.log_mass.masked_fill(hidden[:, None], -torch.inf)
+
+    def _bias(self) -> Tensor:
+        return self.entry_bias()[:, :, None]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Do nothing: buffers are those of the slot layer."""

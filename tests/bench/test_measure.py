@@ -25,7 +25,7 @@ def test_settings_take_turns_and_medians_are_reported(monkeypatch):
     order, values = [], iter([1, 10, 5, 30, 3, 20])
 
     def measured(setting, ids):
-        assert ids == [7 + len(machines_seen) % 2] * (setting.length + setting.scored_tokens)
+        assert ids == [8 - len(order) // 4 % 2] * (setting.length + setting.scored_tokens)
         order.append(setting.compressor)
         figures = dict.fromkeys(measure.FIGURES, next(values))
         return figures | {
@@ -37,33 +37,35 @@ def test_settings_take_turns_and_medians_are_reported(monkeypatch):
 
     def machine(what, asked):
         order.append(what)
-        machines_seen.append(what)
         return {"bytes_per_s": next(bandwidths), "operations_per_s": 1e12}
 
-    bandwidths = iter([50e9, 20e9, 40e9])
+    bandwidths = iter([1e9, 50e9, 1e9, 20e9, 1e9, 40e9])
     monkeypatch.setattr(measure, "measure_in_new_process", measured)
     monkeypatch.setattr(measure, "in_new_process", machine)
-    counted, so_far, machines_seen = [], [], []
+    counted, so_far = [], []
     settings = [Setting("full", 80), Setting("h2o", 100, scored_tokens=5)]
     rows = measure.bench(settings, [[8] * 105, [7] * 105], repeats=3, progress=counted.append, each_round=so_far.append)
     assert [each[1]["prefill_tokens_per_s"] for each in so_far] == [10, 20, 20]
     assert [each[1]["repeats"] for each in so_far] == [1, 2, 3]
     assert so_far[-1] == rows
-    assert [row["nll"] for row in rows] == [None, pytest.approx(0.6)]
-    assert rows[1]["spread"]["nll"] == [0.3, 0.9]
-    assert order == ["machine", "full", "h2o"] * 3
+    assert [row["nll"] for row in rows] == [None, pytest.approx(0.7)]
+    assert rows[1]["spread"]["nll"] == [0.3, 1.1]
+    assert order == ["full", "machine", "h2o", "machine"] * 3
     assert counted == [1, 2, 3, 4, 5, 6]
     assert [row["prefill_tokens_per_s"] for row in rows] == [3, 20]
     assert rows[1]["spread"]["prefill_tokens_per_s"] == [10, 30]
     # 40 GB/s over 10 GB a token, and 100 tokens for 2e12 of 1e12 operations a second.
     assert rows[1]["roofline"]["decode_tokens_per_s"] == 4
     assert rows[1]["roofline"]["prefill_tokens_per_s"] == 50
+    # Each measurement against the machine of its own minute: 10 of 5 tokens a second, 30 of 2, 20 of 4.
+    assert rows[1]["roofline"]["decode_share"] == 5
+    assert rows[1]["roofline"]["prefill_share"] == 0.4
     assert {"compressor", "length", "num_slots", "dtype"} <= rows[0].keys()
     console = Console(record=True, width=170, file=io.StringIO())
     console.print(measure.table([row | {"length": 100} for row in rows]))
     said = console.export_text()
     assert "20.0 (6.67x)" in said
-    assert "0.600" in said
+    assert "0.700" in said
     assert "40%" in said
 
 
@@ -100,9 +102,11 @@ def test_a_setting_that_fails_is_told_and_the_others_go_on(monkeypatch):
 def test_experts_that_take_turns_have_no_roofline(monkeypatch):
     reader = Transformers(tiny("mixtral"), lambda: None)
     assert reader.work(100) == Work(None, None)
-    assert measure._roofline({"operations": None, "weight_bytes": None}, 100, 1, {"bytes_per_s": 1.0}) == {
+    assert measure._roofline({"operations": None, "weight_bytes": None}, Setting("h2o", 100), {"bytes_per_s": 1.0}) == {
         "prefill_tokens_per_s": None,
         "decode_tokens_per_s": None,
+        "prefill_share": None,
+        "decode_share": None,
         "bytes_per_s": 1.0,
     }
     sliding = Transformers(tiny("gemma3"), lambda: None).work(100)

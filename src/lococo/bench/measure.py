@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import lococo
 from lococo.bench.peers import PEERS, python_of
 from lococo.bench.readers import Setting, with_slots
-from lococo.bench.roofline import machine
+from lococo.bench.roofline import machine, share_of
 from lococo.errors import ArgumentError, LococoError
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ FIGURES = (
     "decode_p95_s",
 )
 
+# So long is decoded, `Setting.most_decoded` allowing: a few fast steps say little about a machine that others share.
+DECODE_SECONDS = 2.0
+
 
 def bench(
     settings: Sequence[Setting],
@@ -72,8 +75,9 @@ def bench(
     Returns:
         One row per setting: its fields, the median of every figure, per figure the smallest and largest value under
         "spread", under "nll" the mean nats per token (None where nothing was scored), the bytes and operations that
-        were counted, and under "roofline" the tokens per second that the machine could read and decode at best, from
-        the medians of its bandwidth and arithmetic; None where that is not known. A setting that failed, for want of
+        were counted, and under "roofline" the medians of the machine's bandwidth and arithmetic, measured right after
+        each of the setting's measurements, of the tokens per second that it could read and decode at best by them, and
+        of the shares of these that were reached; None where that is not known. A setting that failed, for want of
         memory say, is not tried again; its row has under "failed" why, and the figures of the rounds before, or None.
 
     Raises:
@@ -81,24 +85,24 @@ def bench(
     """
     measured: list[list[Row]] = [[] for _ in settings]
     failed: dict[int, str] = {}
-    machines: list[Row] = []
     rows: list[Row] = []
     for turn in range(repeats):
-        machines.append(in_new_process("machine", {"dtype": settings[0].dtype, "device": settings[0].device}))
         for number, setting in enumerate(settings):
             ids = texts[turn % len(texts)][: setting.length + setting.scored_tokens]
             if number not in failed:
                 try:
-                    measured[number].append(measure_in_new_process(setting, ids))
+                    row = measure_in_new_process(setting, ids)
+                    # Beside it, since what a machine can do changes from minute to minute where it is shared.
+                    limits = in_new_process("machine", {"dtype": setting.dtype, "device": setting.device})
+                    measured[number].append(row | {"roofline": _roofline(row, setting, limits)})
                 except LococoError as error:
                     failed[number] = str(error)
                     if len(failed) == len(settings) and not any(measured):
                         raise
             if progress is not None:
                 progress(turn * len(settings) + number + 1)
-        limits = {name: median(each[name] for each in machines) for name in machines[0]}
         rows = [
-            (_medians(setting, each, limits) if each else asdict(setting) | dict.fromkeys((*FIGURES, "nll")))
+            (_medians(setting, each) if each else asdict(setting) | dict.fromkeys((*FIGURES, "nll")))
             | ({"failed": failed[number]} if number in failed else {})
             for number, (setting, each) in enumerate(zip(settings, measured, strict=True))
         ]
@@ -107,24 +111,31 @@ def bench(
     return rows
 
 
-def _medians(setting: Setting, measured: list[Row], limits: Row) -> Row:
+def _medians(setting: Setting, measured: list[Row]) -> Row:
     told = [row["nll"] for row in measured if row["nll"] is not None]
     spread = {f: [min(r[f] for r in measured), max(r[f] for r in measured)] for f in FIGURES}
+    limits = [row["roofline"] for row in measured]
+    roofline = {name: None if limits[0][name] is None else median(each[name] for each in limits) for name in limits[0]}
     return (
         asdict(setting)
         | {figure: median(row[figure] for row in measured) for figure in FIGURES}
         | {"nll": mean(told) if told else None, "repeats": len(measured)}
         | {"spread": spread | ({"nll": [min(told), max(told)]} if told else {})}
         | {counted: measured[0][counted] for counted in ("weight_bytes", "operations")}
-        | {"roofline": _roofline(measured[0], setting.length, setting.batch, limits)}
+        | {"roofline": roofline}
     )
 
 
-def _roofline(row: Row, length: int, batch: int, limits: Row) -> Row:
+def _roofline(row: Row, setting: Setting, limits: Row) -> Row:
+    """Return what the machine could do at best, and which share of it a measurement reached."""
     operations, weights = row["operations"], row["weight_bytes"]
-    reading = None if operations is None else limits["operations_per_s"] * batch * length / operations
-    decoding = None if weights is None else limits["bytes_per_s"] * batch / (weights + row["kv_bytes"])
-    return {"prefill_tokens_per_s": reading, "decode_tokens_per_s": decoding, **limits}
+    tokens = setting.batch * setting.length
+    reading = None if operations is None else limits["operations_per_s"] * tokens / operations
+    decoding = None if weights is None else limits["bytes_per_s"] * setting.batch / (weights + row["kv_bytes"])
+    best = {"prefill_tokens_per_s": reading, "decode_tokens_per_s": decoding}
+    return (
+        best | {share_of(name): None if limit is None else row[name] / limit for name, limit in best.items()} | limits
+    )
 
 
 def table(rows: Sequence[Row]) -> "Table":
@@ -155,9 +166,9 @@ def table(rows: Sequence[Row]) -> "Table":
         base = first.setdefault(row["length"], row)
         speeds = []
         for figure in FIGURES[:2]:
-            best = row["roofline"][figure]
+            share = row["roofline"][share_of(figure)]
             speeds += [f"{row[figure]:,.1f} ({row[figure] / base[figure]:.2f}x)"]
-            speeds += ["" if best is None else f"{row[figure] / best:.0%}"]
+            speeds += ["" if share is None else f"{share:.0%}"]
         memory = [mib(row[f]) for f in FIGURES[3:5]]
         nll = [] if not scored else ["" if row["nll"] is None else f"{row['nll']:.3f}"]
         waited = f"{1e3 * row['decode_p95_s']:,.0f}", f"{row['time_to_first_token_s']:,.1f}"
@@ -232,8 +243,8 @@ def measure(setting: Setting, ids: Sequence[int]) -> Row:
         kv_bytes, work = reader.kv_bytes(), reader.work(len(ids))
         peak += kv_bytes if reader.taken_at_once else 0
         nll = reader.score(follows) if follows else None
-        steps = []
-        for _ in range(setting.decode_tokens):
+        steps: list[float] = []
+        while len(steps) < setting.decode_tokens or (len(steps) < setting.most_decoded and sum(steps) < DECODE_SECONDS):
             begun = time.perf_counter()
             token = reader.step(token)
             steps.append(time.perf_counter() - begun)

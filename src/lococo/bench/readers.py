@@ -24,7 +24,7 @@ class Setting:
         dtype: Of the model; llama.cpp has its file's own.
         device: Of the model; None: where it loads.
         model: See `load_model`.
-        decode_tokens: Tokens decoded after the prompt.
+        decode_tokens: Tokens decoded after the prompt; up to `most_decoded` where that takes less than two seconds.
         exact_memory: Take and give back memory in the pieces that tensors ask for. The allocator otherwise keeps what
             was freed, between 15 and 45 MiB of it from run to run, and is faster for it.
         compiled: Compile the decoding of those that read with slots.
@@ -46,6 +46,11 @@ class Setting:
     batch: int = 1
     scored_tokens: int = 0
     trust_remote_code: bool = False
+
+    @property
+    def most_decoded(self) -> int:
+        """How many tokens are decoded at most."""
+        return 4 * self.decode_tokens
 
 
 @dataclass(frozen=True)

@@ -39,3 +39,8 @@ def machine(dtype: str, device: str | None) -> dict[str, float]:
     read = seconds(block.sum)
     multiplied = seconds(lambda: rows @ rows)
     return {"bytes_per_s": BLOCK / read, "operations_per_s": 2 * ROWS**3 / multiplied}
+
+
+def share_of(figure: str) -> str:
+    """Return the name of the share of its limit that a figure reached, such as decode_share."""
+    return figure.replace("tokens_per_s", "share")

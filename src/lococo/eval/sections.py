@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lococo.bench.roofline import share_of
 from lococo.eval import ablations, metrics, plots
 from lococo.eval import perplexity as nats
 from lococo.eval import positions as places
@@ -351,8 +352,11 @@ def _tuning(rows: list[Row], baseline: str) -> Section:
 
 
 def _of_roofline(row: Row, name: str) -> Cell:
-    best = row.get("roofline", {}).get(name)
-    return Cell("", -1) if best is None else Cell(f"{row[name] / best:.0%}", row[name] / best)
+    limits = row.get("roofline", {})
+    if limits.get(name) is None:
+        return Cell("", -1)
+    share = limits.get(share_of(name), row[name] / limits[name])
+    return Cell(f"{share:.0%}", share)
 
 
 def _scored(row: Row) -> Cell:

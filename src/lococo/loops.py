@@ -1,0 +1,139 @@
+"""What a decoding step computes, in loops for a CPU: products of a few rows with a matrix, and attention of one query.
+
+The libraries' products are made for many rows and reach a quarter of the memory's bandwidth with eight of them; what
+torch.compile makes of attention adds up every logit by itself. loops.cpp reads everything once, nearly as fast as memory
+gives it (docs/log.md). It is compiled by the compiler that torch.compile uses, when decoding is compiled; where there
+is no AVX-512 torch.compile does without it.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor
+
+# From so many rows on the libraries' products are as fast.
+MOST_ROWS = 16
+
+# Bytes of a register, and how many of them a head's numbers may fill.
+REGISTER = 64
+FILLED = (1, 2, 3, 4, 6, 8)
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+_pointer, _number = ctypes.c_void_p, ctypes.c_long
+_ARGUMENTS = {
+    "few_rows": [_pointer] * 3 + [_number] * 3,
+    "attention": [_pointer] * 5 + [_number] * 4 + [ctypes.c_float],
+}
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether `few_rows` knows how: two or more rows (..., d), and a contiguous matrix (n, d) of their type."""
+    rows = x.numel() // max(1, x.shape[-1])
+    return 1 < rows <= MOST_ROWS and weight.is_contiguous() and _known("few_rows", x, weight)
+
+
+def attends(key: Tensor, value: Tensor) -> bool:
+    """Tell whether `attention` knows how: contiguous keys and values (b h s d)."""
+    return (
+        key.shape == value.shape
+        and key.shape[-1] * key.itemsize in [count * REGISTER for count in FILLED]
+        and key.is_contiguous()
+        and value.is_contiguous()
+        and _known("attention", key, value)
+    )
+
+
+def few_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply rows by a matrix, see `multiplies`.
+
+    Args:
+        x: (..., d).
+        weight: (n, d).
+
+    Returns:
+        (..., n), in float32.
+    """
+    product: Tensor = torch.ops.lococo.few_rows(x.reshape(-1, x.shape[-1]), weight)
+    return product.view(*x.shape[:-1], -1)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    """Attend with one query per head, see `attends`; the heads of a group lie side by side.
+
+    Args:
+        query: (b h*g 1 d), of the type of keys and values.
+        key: (b h s d).
+        value: Likewise.
+        bias: Added to the logits, (b h s) in float32.
+        scaling: Factor of the logits before.
+
+    Returns:
+        (b h*g 1 d), in float32.
+    """
+    return cast(Tensor, torch.ops.lococo.attention(query, key, value, bias, scaling))
+
+
+def _known(name: str, *tensors: Tensor) -> bool:
+    dtype = tensors[0].dtype
+    same = all(each.dtype == dtype and each.device.type == "cpu" for each in tensors)
+    return same and _loop(name, dtype) is not None
+
+
+@functools.cache
+def _loop(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
+    """Return a loop for a type; None where the processor or the compiler has nothing for it."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or dtype not in _NAMES:
+        return None
+    try:
+        loop = getattr(_library(), f"{name}_{_NAMES[dtype]}")
+    except (RuntimeError, OSError, AttributeError):  # no compiler, or one that lacks the instructions, or no such loop
+        return None
+    loop.argtypes, loop.restype = _ARGUMENTS[name], None
+    return cast("Callable[..., None]", loop)
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """Compile the loops, or load them where they have been compiled before."""
+    from torch._inductor.codecache import CppCodeCache
+
+    source = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
+    return cast(ctypes.CDLL, CppCodeCache.load(source, needs_vec_isa=True))
+
+
+def _few_rows(x: Tensor, weight: Tensor) -> Tensor:
+    (rows, d), n = x.shape, len(weight)
+    product = torch.empty(rows, n)
+    x = x.contiguous()  # held until the loop has read it
+    tensors = [each.data_ptr() for each in (x, weight, product)]
+    cast("Callable[..., None]", _loop("few_rows", weight.dtype))(*tensors, rows, n, d)
+    return product
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float) -> Tensor:
+    (b, heads, _, d), (_, h, s, _) = query.shape, key.shape
+    mixed = torch.empty(b, heads, 1, d)
+    query, bias = query.contiguous(), bias.contiguous()
+    tensors = [each.data_ptr() for each in (query, key, value, bias, mixed)]
+    cast("Callable[..., None]", _loop("attention", key.dtype))(*tensors, b * h, heads // h, s, d, scaling)
+    return mixed
+
+
+_OPERATORS = torch.library.Library("lococo", "FRAGMENT")
+_OPERATORS.define("few_rows(Tensor x, Tensor weight) -> Tensor")
+_OPERATORS.define("attention(Tensor query, Tensor key, Tensor value, Tensor bias, float scaling) -> Tensor")
+_OPERATORS.impl("few_rows", _few_rows, "CPU")
+_OPERATORS.impl("attention", _attention, "CPU")
+
+
+torch.library.register_fake(
+    "lococo::few_rows", lambda x, weight: x.new_empty(len(x), len(weight), dtype=torch.float32), lib=_OPERATORS
+)
+torch.library.register_fake(
+    "lococo::attention", lambda query, *others: query.new_empty(query.shape, dtype=torch.float32), lib=_OPERATORS
+)

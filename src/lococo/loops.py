@@ -1,9 +1,9 @@
 """What a decoding step computes, in loops for a CPU: products of a few rows with a matrix, and attention of one query.
 
 The libraries' products are made for many rows and reach a quarter of the memory's bandwidth with eight of them; what
-torch.compile makes of attention adds up every logit by itself. loops.cpp reads everything once, nearly as fast as memory
-gives it (docs/log.md). It is compiled by the compiler that torch.compile uses, when decoding is compiled; where there
-is no AVX-512 torch.compile does without it.
+torch.compile makes of attention adds up every logit by itself. loops.cpp reads everything once, nearly as fast as
+memory gives it (docs/log.md). It is compiled by the compiler that torch.compile uses, when decoding is compiled; where
+there is no AVX-512 torch.compile does without it.
 """
 
 import ctypes

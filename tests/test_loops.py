@@ -66,6 +66,38 @@ def test_attention_of_one_query_is_softmax_and_a_product(dtype, b, h, g, s, d):
     assert torch.equal(loops.attention(query, key, value, bias, 0.5)[0, 0, 0], value[0, 0, 0].float())
 
 
+@NEEDED
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("b", "h", "g", "q", "s", "d"), [(1, 3, 3, 256, 716, 64), (2, 1, 2, 17, 33, 16), (1, 2, 1, 97, 130, 32)]
+)
+def test_column_mass_is_what_maps_of_attention_add_up_to(dtype, b, h, g, q, s, d):
+    torch.manual_seed(s)
+    keys, queries = torch.randn(b, h, s, d), torch.randn(b, h, g, q, d).to(dtype)
+    log_mass = torch.randn(b, h, s)
+    log_mass[..., 3] = -torch.inf
+    assert loops.sums(queries)
+    logits = 0.3 * torch.einsum("bhgqd,bhsd->bhgqs", queries.double(), keys.to(dtype).double())
+    logits = logits + log_mass[:, :, None, None]
+    visible, weight = torch.randint(1, s + 1, (b, q)), torch.rand(b, q)
+    visible[:, 0] = 3  # and not the hidden one behind
+    hidden = torch.arange(s) >= visible[:, None, None, :, None]
+    for seen, factor in ((None, None), (visible, None), (visible, weight)):
+        maps = logits if seen is None else logits.masked_fill(hidden, -torch.inf)
+        maps = maps.softmax(-1) * (1 if factor is None else factor[:, None, None, :, None])
+        mass = loops.column_mass(keys, log_mass, queries, scaling=0.3, visible=seen, weight=factor)
+        assert (mass - maps.sum((2, 3))).abs().max() < 1e-6 * g * q
+        assert (mass[..., 3] == 0).all()
+
+
+@NEEDED
+def test_a_query_that_sees_nothing_gives_no_mass():
+    keys, queries, visible = torch.randn(1, 1, 9, 16), torch.randn(1, 1, 1, 40, 16), torch.full((1, 40), 9)
+    visible[0, :20] = 0
+    mass = loops.column_mass(keys, torch.zeros(1, 1, 9), queries, scaling=1.0, visible=visible)
+    assert mass.sum() == pytest.approx(20)
+
+
 def test_what_the_loops_do_not_know_is_left_to_others():
     x, weight = torch.randn(3, 8), torch.randn(5, 8)
     assert not loops.multiplies(x[:1], weight)  # which torch.compile does as fast
@@ -74,6 +106,10 @@ def test_what_the_loops_do_not_know_is_left_to_others():
     assert not loops.multiplies(x.double(), weight.double())
     assert not loops.multiplies(x.to("meta"), weight.to("meta"))
     assert not loops.multiplies(x.bfloat16(), weight)
+    queries = torch.randn(1, 2, 3, 40, 16)
+    assert not loops.sums(queries[..., :15])
+    assert not loops.sums(queries[:, :, :1, :1])  # a decoding step's
+    assert not loops.sums(queries.to("meta"))
     key = torch.randn(1, 2, 9, 64)
     assert not loops.attends(key, key[..., :32].contiguous())
     assert not loops.attends(key[..., :40].contiguous(), key[..., :40].contiguous())
@@ -92,5 +128,6 @@ def test_without_the_instructions_or_a_compiler_there_are_no_loops(monkeypatch):
             patch.setattr(torch.backends.cpu if name == "get_cpu_capability" else loops, name, value)
             loops._loop.cache_clear()
             assert not loops.multiplies(x, weight)
-            assert not loops.attends(weight[None, None], weight[None, None])
+            assert not loops.attends(torch.randn(1, 1, 9, 64), torch.randn(1, 1, 9, 64))
+            assert not loops.sums(torch.randn(1, 2, 3, 40, 16))
     loops._loop.cache_clear()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lococo import kernels
+from lococo import kernels, loops
 from lococo.fast import fast
 from lococo.rope import LayerRotary
 
@@ -188,6 +188,8 @@ def attention_mass(
         Column sums over queries and groups, (b h s), float32; they add up to g * q per key/value head, less what sinks
         take.
     """
+    if fast() and softcap is None and sinks is None and loops.sums(queries):
+        return loops.column_mass(keys, log_mass, queries, scaling=scaling, visible=visible, weight=weight)
     # The same sums without a map, where a GPU has them.
     compute = kernels.column_mass if kernels.usable(keys, queries) else mass_in_blocks
     return compute(

@@ -1,5 +1,5 @@
-// What a decoding step computes, for a CPU with AVX-512: everything is read from memory once, and what follows is asked
-// for meanwhile. All tensors are contiguous.
+// What decoding and compressing compute, for a CPU with AVX-512: everything is read from memory once, and what follows is
+// asked for meanwhile. All tensors are contiguous.
 
 #include <immintrin.h>
 
@@ -17,11 +17,17 @@ constexpr long AHEAD = 2048;   // bytes from what is used to what is asked for
 constexpr long ROWS = 32;      // of a matrix, that all rows meet while they are in a near cache
 constexpr long ENTRIES = 64;   // that all queries of a group meet while they are in a near cache
 constexpr long PARTS = 16;     // among which threads share what there is to attend to, at least
+constexpr long MAP = 96;       // rows of a map of attention, of which a thread makes at least so many
+constexpr int HIGH = 6;        // rows of a map that are made side by side,
+constexpr int WIDE = 4;        // in so many registers of each
+
+const __m512i PLACES = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
 
 struct Float32 {
     using Number = float;
     using Numbers = __m512;
-    static constexpr int WIDTH = 1;  // registers of float32 that a register of numbers becomes
+    static constexpr int WIDTH = 1;  // numbers in the place of a float32
+    static INLINE Numbers everywhere(const float* number) { return _mm512_set1_ps(*number); }
     static INLINE __m512 add(__m512 sums, Numbers a, Numbers b) { return _mm512_fmadd_ps(a, b, sums); }
     static INLINE void mix(__m512* sums, Numbers numbers, __m512 weight) {
         sums[0] = _mm512_fmadd_ps(numbers, weight, sums[0]);
@@ -34,6 +40,11 @@ struct Bfloat16 {
     using Number = uint16_t;
     using Numbers = __m512bh;
     static constexpr int WIDTH = 2;
+    static INLINE Numbers everywhere(const uint16_t* pair) {
+        int both;
+        memcpy(&both, pair, sizeof(both));
+        return (__m512bh)_mm512_set1_epi32(both);
+    }
     static INLINE __m512 add(__m512 sums, Numbers a, Numbers b) { return _mm512_dpbf16_ps(sums, a, b); }
     // Of two numbers that lie side by side the first goes into the first register, the second into the second.
     static INLINE void mix(__m512* sums, Numbers numbers, __m512 weight) {
@@ -265,6 +276,111 @@ void attention(const typename Kind::Number* queries, const typename Kind::Number
     }
 }
 
+// Keys (n d) so that those of 16 entries which meet the same numbers of a query lie side by side: (d / WIDTH, width, WIDTH).
+template <class Kind>
+std::vector<typename Kind::Number> packed(const typename Kind::Number* keys, long n, long width, long d) {
+    const long lanes = d / Kind::WIDTH;
+    std::vector<typename Kind::Number> to(width * d);
+    const __m512i apart = _mm512_mullo_epi32(PLACES, _mm512_set1_epi32(lanes));
+    for (long e = 0; e < n; e += 16) {
+        const __mmask16 there = _mm512_cmplt_epi32_mask(PLACES, _mm512_set1_epi32(n - e < 16 ? n - e : 16));
+        for (long i = 0; i < lanes; i++) {
+            const auto* from = keys + e * d + i * Kind::WIDTH;
+            const __m512i both = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, apart, from, 4);
+            _mm512_storeu_si512(&to[(i * width + e) * Kind::WIDTH], both);
+        }
+    }
+    return to;
+}
+
+// Logits of HIGH queries and all entries, (HIGH width), bias (width) added; entries from seen[r] on get -inf.
+template <class Kind>
+void map_of(const typename Kind::Number* const* queries, const typename Kind::Number* keys, const float* bias, long width,
+            long d, float scale, const long* seen, float* map) {
+    constexpr int W = Kind::WIDTH;
+    for (long c = 0; c < width; c += 16 * WIDE) {
+        __m512 sums[HIGH][WIDE] = {};
+        for (long i = 0; i < d / W; i++) {
+            typename Kind::Numbers key[WIDE];
+#pragma GCC unroll 4
+            for (int j = 0; j < WIDE; j++) key[j] = load<Kind>(keys + (i * width + c + 16 * j) * W);
+#pragma GCC unroll 6
+            for (int r = 0; r < HIGH; r++) {
+                const auto query = Kind::everywhere(queries[r] + i * W);
+#pragma GCC unroll 4
+                for (int j = 0; j < WIDE; j++) sums[r][j] = Kind::add(sums[r][j], query, key[j]);
+            }
+        }
+#pragma GCC unroll 6
+        for (int r = 0; r < HIGH; r++)
+#pragma GCC unroll 4
+            for (int j = 0; j < WIDE; j++) {
+                const long first = c + 16 * j, left = seen[r] - first;
+                __m512 logit = _mm512_fmadd_ps(sums[r][j], _mm512_set1_ps(scale), _mm512_loadu_ps(bias + first));
+                if (left < 16) {
+                    const __mmask16 visible = _mm512_cmplt_epi32_mask(PLACES, _mm512_set1_epi32(left < 0 ? 0 : left));
+                    logit = _mm512_mask_blend_ps(visible, _mm512_set1_ps(-INFINITY), logit);
+                }
+                _mm512_storeu_ps(map + r * width + first, logit);
+            }
+    }
+}
+
+// Add a row of logits as probabilities, times a weight, to the mass of the entries.
+INLINE void add_row(float* row, long width, float weight, float* mass) {
+    __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (long e = 0; e < width; e += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(row + e));
+    const float largest = _mm512_reduce_max_ps(most);
+    if (largest == -INFINITY) return;  // such a query sees nothing
+    for (long e = 0; e < width; e += 16) {
+        const __m512 each = exponential(_mm512_sub_ps(_mm512_loadu_ps(row + e), _mm512_set1_ps(largest)));
+        _mm512_storeu_ps(row + e, each);
+        sum = _mm512_add_ps(sum, each);
+    }
+    const __m512 share = _mm512_set1_ps(weight / _mm512_reduce_add_ps(sum));
+    for (long e = 0; e < width; e += 16)
+        _mm512_storeu_ps(mass + e, _mm512_fmadd_ps(_mm512_loadu_ps(row + e), share, _mm512_loadu_ps(mass + e)));
+}
+
+// mass (heads n) of queries (heads, rows, d), of which row r is of query r % q; seen and weights are (heads / h, q).
+template <class Kind>
+void column_mass(const typename Kind::Number* keys, const float* bias, const typename Kind::Number* queries,
+                 const int64_t* seen, const float* weights, float* mass, long heads, long h, long rows, long q, long n,
+                 long d, float scale) {
+    const long width = (n + 16 * WIDE - 1) / (16 * WIDE) * 16 * WIDE, splits = rows < MAP ? 1 : rows / MAP;
+    std::vector<float> sums(heads * splits * width), biases(heads * width, -INFINITY);
+    std::vector<std::vector<typename Kind::Number>> keys_of(heads);
+#pragma omp parallel for schedule(static, 1)
+    for (long head = 0; head < heads; head++) {
+        keys_of[head] = packed<Kind>(keys + head * n * d, n, width, d);
+        memcpy(&biases[head * width], bias + head * n, n * sizeof(float));
+    }
+#pragma omp parallel for schedule(static, 1)
+    for (long part = 0; part < heads * splits; part++) {
+        const long head = part / splits, text = head / h;
+        const long first = rows * (part % splits) / splits, last = rows * (part % splits + 1) / splits;
+        std::vector<float> map(HIGH * width);
+        for (long row = first; row < last; row += HIGH) {
+            const typename Kind::Number* from[HIGH];
+            long visible[HIGH];
+            for (int r = 0; r < HIGH; r++) {
+                const long mine = row + r < last ? row + r : last - 1;
+                from[r] = queries + (head * rows + mine) * d;
+                visible[r] = seen ? seen[text * q + mine % q] : n;
+            }
+            map_of<Kind>(from, keys_of[head].data(), &biases[head * width], width, d, scale, visible, map.data());
+            for (int r = 0; r < HIGH && row + r < last; r++)
+                add_row(&map[r * width], width, weights ? weights[text * q + (row + r) % q] : 1, &sums[part * width]);
+        }
+    }
+    for (long head = 0; head < heads; head++)
+        for (long e = 0; e < n; e++) {
+            float sum = 0;
+            for (long s = 0; s < splits; s++) sum += sums[(head * splits + s) * width + e];
+            mass[head * n + e] = sum;
+        }
+}
+
 }  // namespace
 
 // y (rows n) = x (rows d) weight (n d)^T; y is float32.
@@ -280,9 +396,20 @@ void attention(const typename Kind::Number* queries, const typename Kind::Number
         attention<KIND>(queries, keys, values, bias, y, heads, g, n, d, scale);                                      \
     }
 
+// mass (heads n): what the probabilities softmax(scale queries keys^T + bias) of (heads, rows) queries add up to, each times
+// its weight; a query sees the first seen entries. Seen and weights are (heads / h, q) or null; row r is of query r % q.
+#define COLUMN_MASS(NAME, KIND)                                                                                      \
+    extern "C" void NAME(const KIND::Number* keys, const float* bias, const KIND::Number* queries, const int64_t* seen, \
+                         const float* weights, float* mass, long heads, long h, long rows, long q, long n, long d,   \
+                         float scale) {                                                                              \
+        column_mass<KIND>(keys, bias, queries, seen, weights, mass, heads, h, rows, q, n, d, scale);                 \
+    }
+
 PRODUCT(few_rows_float32, Float32)
 ATTENTION(attention_float32, Float32)
+COLUMN_MASS(column_mass_float32, Float32)
 #ifdef __AVX512BF16__
 PRODUCT(few_rows_bfloat16, Bfloat16)
 ATTENTION(attention_bfloat16, Bfloat16)
+COLUMN_MASS(column_mass_bfloat16, Bfloat16)
 #endif

@@ -1,9 +1,9 @@
-"""What a decoding step computes, in loops for a CPU: products of a few rows with a matrix, and attention of one query.
+"""Loops for a CPU: a few rows times a matrix, attention of one query, and what many queries' attention adds up to.
 
 The libraries' products are made for many rows and reach a quarter of the memory's bandwidth with eight of them; what
-torch.compile makes of attention adds up every logit by itself. loops.cpp reads everything once, nearly as fast as
-memory gives it (docs/log.md). It is compiled by the compiler that torch.compile uses, when decoding is compiled; where
-there is no AVX-512 torch.compile does without it.
+torch.compile makes of attention adds up every logit by itself; and maps of attention are written down and read again
+four times before their columns are added up. loops.cpp does each in one go (docs/log.md). It is compiled, once for a
+machine, by the compiler that torch.compile uses; without one, or without AVX-512, everything is computed as before.
 """
 
 import ctypes
@@ -18,6 +18,9 @@ from torch import Tensor
 # From so many rows on the libraries' products are as fast.
 MOST_ROWS = 16
 
+# For fewer rows of a map, keys are not worth being put in another order.
+FEW_QUERIES = 32
+
 # Bytes of a register, and how many of them a head's numbers may fill.
 REGISTER = 64
 FILLED = (1, 2, 3, 4, 6, 8)
@@ -28,6 +31,7 @@ _pointer, _number = ctypes.c_void_p, ctypes.c_long
 _ARGUMENTS = {
     "few_rows": [_pointer] * 3 + [_number] * 3,
     "attention": [_pointer] * 5 + [_number] * 4 + [ctypes.c_float],
+    "column_mass": [_pointer] * 6 + [_number] * 6 + [ctypes.c_float],
 }
 
 
@@ -76,6 +80,36 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: 
         (b h*g 1 d), in float32.
     """
     return cast(Tensor, torch.ops.lococo.attention(query, key, value, bias, scaling))
+
+
+def sums(queries: Tensor) -> bool:
+    """Tell whether `column_mass` knows how, and is faster: queries (b h g q d), not just one or two."""
+    *_, g, q, d = queries.shape
+    return d % 2 == 0 and g * q >= FEW_QUERIES and _known("column_mass", queries)
+
+
+def column_mass(
+    keys: Tensor,
+    log_mass: Tensor,
+    queries: Tensor,
+    *,
+    scaling: float,
+    visible: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Sum the attention probabilities that queries give each entry, see `sums`; all as `entries.attention_mass` has it.
+
+    Keys are taken in the queries' type; logits, probabilities and sums are float32.
+    """
+    (b, h, s, d), (_, _, g, q, _) = keys.shape, queries.shape
+    keys = keys.to(queries.dtype)
+    mass = torch.empty(b, h, s)
+    seen = None if visible is None else visible.expand(b, q).long().contiguous()
+    weights = None if weight is None else weight.expand(b, q).float().contiguous()
+    tensors = [keys.contiguous(), log_mass.float().contiguous(), queries.contiguous(), seen, weights, mass]
+    pointers = [None if each is None else each.data_ptr() for each in tensors]
+    cast("Callable[..., None]", _loop("column_mass", keys.dtype))(*pointers, b * h, h, g * q, q, s, d, scaling)
+    return mass
 
 
 def _known(name: str, *tensors: Tensor) -> bool:

@@ -3,25 +3,20 @@ import torch
 
 from lococo import loops
 
-NEEDED = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="the loops are for CPUs with AVX-512"
-)
-DTYPES = [
-    torch.float32,
-    pytest.param(
-        torch.bfloat16,
-        marks=pytest.mark.skipif(
-            loops._loop("few_rows", torch.bfloat16) is None, reason="this CPU has no products of bfloat16 numbers"
-        ),
-    ),
-]
+DTYPES = [torch.float32, torch.bfloat16]
 
 
-@NEEDED
+def needed(dtype):
+    """Skip where there are no loops."""
+    if loops._loop("few_rows", dtype) is None:
+        pytest.skip(f"no loops in {dtype}: the processor lacks AVX-512, or there is no C++ compiler")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [2, 3, 4, 5, 6, 7, 8, 9, 16])
 @pytest.mark.parametrize(("n", "d"), [(5, 3), (33, 64), (65, 100), (256, 576)])
 def test_few_rows_are_products_with_a_matrix(dtype, rows, n, d):
+    needed(dtype)
     torch.manual_seed(rows)
     x, weight = torch.randn(2, rows, d).to(dtype)[1:], torch.randn(n, d).to(dtype)
     assert loops.multiplies(x, weight)
@@ -32,7 +27,6 @@ def test_few_rows_are_products_with_a_matrix(dtype, rows, n, d):
     assert torch.equal(loops.few_rows(x[0].T.contiguous().T, weight), product[0])
 
 
-@NEEDED
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("b", "h", "g", "s", "d"),
@@ -46,7 +40,11 @@ def test_few_rows_are_products_with_a_matrix(dtype, rows, n, d):
     ],
 )
 def test_attention_of_one_query_is_softmax_and_a_product(dtype, b, h, g, s, d):
+    needed(dtype)
     torch.manual_seed(s)
+    if not loops.attends(*2 * [torch.empty(1, 1, 1, d, dtype=dtype)]):
+        assert d * dtype.itemsize > 512
+        return
     query, key, value = (
         torch.randn(b, h * g, 1, d).to(dtype),
         torch.randn(b, h, s, d).to(dtype),
@@ -66,12 +64,12 @@ def test_attention_of_one_query_is_softmax_and_a_product(dtype, b, h, g, s, d):
     assert torch.equal(loops.attention(query, key, value, bias, 0.5)[0, 0, 0], value[0, 0, 0].float())
 
 
-@NEEDED
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("b", "h", "g", "q", "s", "d"), [(1, 3, 3, 256, 716, 64), (2, 1, 2, 17, 33, 16), (1, 2, 1, 97, 130, 32)]
 )
 def test_column_mass_is_what_maps_of_attention_add_up_to(dtype, b, h, g, q, s, d):
+    needed(dtype)
     torch.manual_seed(s)
     keys, queries = torch.randn(b, h, s, d), torch.randn(b, h, g, q, d).to(dtype)
     log_mass = torch.randn(b, h, s)
@@ -90,12 +88,54 @@ def test_column_mass_is_what_maps_of_attention_add_up_to(dtype, b, h, g, q, s, d
         assert (mass[..., 3] == 0).all()
 
 
-@NEEDED
 def test_a_query_that_sees_nothing_gives_no_mass():
+    needed(torch.float32)
     keys, queries, visible = torch.randn(1, 1, 9, 16), torch.randn(1, 1, 1, 40, 16), torch.full((1, 40), 9)
     visible[0, :20] = 0
     mass = loops.column_mass(keys, torch.zeros(1, 1, 9), queries, scaling=1.0, visible=visible)
     assert mass.sum() == pytest.approx(20)
+
+
+@pytest.mark.parametrize("s", [64, 70])
+def test_what_is_no_number_stays_none(s):
+    needed(torch.float32)
+    keys, queries, bias = torch.randn(1, 1, s, 16), torch.randn(1, 1, 1, 40, 16), torch.zeros(1, 1, s)
+    keys[0, 0, 2] = torch.nan
+    assert loops.column_mass(keys, bias, queries, scaling=1.0).isnan().all()
+    assert loops.attention(queries[:, :, 0, :1], keys, keys, bias, 1.0).isnan().all()
+    hidden = torch.full_like(bias, -torch.inf)
+    assert loops.column_mass(queries[:, :, 0], hidden[..., :40], queries, scaling=1.0).isnan().all()
+
+
+def test_results_are_float32_on_the_cpu_whatever_torch_would_make_of_new_tensors():
+    needed(torch.float32)
+    x, weight, keys = torch.randn(3, 64), torch.randn(5, 64), torch.randn(1, 1, 9, 64)
+    queries, bias = torch.randn(1, 1, 1, 40, 64), torch.zeros(1, 1, 9)
+
+    def computed():
+        few, mass = loops.few_rows(x, weight), loops.column_mass(keys, bias, queries, scaling=1.0)
+        return few, mass, loops.attention(queries[:, :, 0, :1], keys, keys, bias, 1.0)
+
+    expected = computed()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            same = computed()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(*pair) for pair in zip(expected, same, strict=True))
+
+
+def test_threads_share_the_work(monkeypatch):
+    needed(torch.float32)
+    x, weight, keys = torch.randn(3, 64), torch.randn(500, 64), torch.randn(2, 3, 99, 64)
+    queries, bias = torch.randn(2, 3, 2, 200, 64), torch.zeros(2, 3, 99)
+    results = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        few, mass = loops.few_rows(x, weight), loops.column_mass(keys, bias, queries, scaling=0.1)
+        results.append((few, mass, loops.attention(queries[:, :, :, 0].reshape(2, 6, 1, 64), keys, keys, bias, 0.1)))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_what_the_loops_do_not_know_is_left_to_others():
@@ -106,6 +146,7 @@ def test_what_the_loops_do_not_know_is_left_to_others():
     assert not loops.multiplies(x.double(), weight.double())
     assert not loops.multiplies(x.to("meta"), weight.to("meta"))
     assert not loops.multiplies(x.bfloat16(), weight)
+    assert not loops.multiplies(x, weight[0])
     queries = torch.randn(1, 2, 3, 40, 16)
     assert not loops.sums(queries[..., :15])
     assert not loops.sums(queries[:, :, :1, :1])  # a decoding step's
@@ -117,17 +158,22 @@ def test_what_the_loops_do_not_know_is_left_to_others():
     assert not loops.attends(key.half(), key.half())
 
 
-def test_without_the_instructions_or_a_compiler_there_are_no_loops(monkeypatch):
-    x, weight = torch.randn(3, 8), torch.randn(5, 8)
-
-    def missing():
-        raise RuntimeError("no compiler")
-
-    for name, value in (("get_cpu_capability", lambda: "AVX2"), ("_library", missing)):
-        with monkeypatch.context() as patch:
-            patch.setattr(torch.backends.cpu if name == "get_cpu_capability" else loops, name, value)
-            loops._loop.cache_clear()
-            assert not loops.multiplies(x, weight)
-            assert not loops.attends(torch.randn(1, 1, 9, 64), torch.randn(1, 1, 9, 64))
-            assert not loops.sums(torch.randn(1, 2, 3, 40, 16))
-    loops._loop.cache_clear()
+@pytest.mark.parametrize("lacking", ["avx512", "compiler", "instructions", "folder", "torch"])
+def test_where_something_is_lacking_there_are_no_loops(lacking, monkeypatch, tmp_path):
+    monkeypatch.setenv("LOCOCO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(loops, "_processor", lambda: tuple(loops._NEEDED[torch.bfloat16]))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2" if lacking == "torch" else "AVX512")
+    monkeypatch.setenv("CXX", "false" if lacking == "instructions" else str(tmp_path / "none"))
+    if lacking == "avx512":
+        monkeypatch.setattr(loops, "_processor", tuple)
+    if lacking == "folder":
+        (tmp_path / "cache").write_text("")
+    for cached in (loops._loop, loops._compiled):
+        cached.cache_clear()
+    try:
+        assert not loops.multiplies(torch.randn(3, 8), torch.randn(5, 8))
+        assert not loops.attends(torch.randn(1, 1, 9, 64), torch.randn(1, 1, 9, 64))
+        assert not loops.sums(torch.randn(1, 2, 3, 40, 16).bfloat16())
+    finally:
+        for cached in (loops._loop, loops._compiled):
+            cached.cache_clear()

@@ -2,11 +2,12 @@ import copy
 
 import pytest
 import torch
-from families import heads_for, left_padded, tiny, tokens
+from families import SMALL, heads_for, left_padded, tiny, tokens
 from torch._dynamo.utils import counters
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import lococo
-from lococo import graphs
+from lococo import graphs, loops
 from lococo.reader import prefill
 
 NAMES = ("keys", "values", "positions", "log_mass", "token_index", "mass", "queries")
@@ -45,6 +46,22 @@ def test_compiled_steps_do_what_plain_ones_do_in_one_graph(compressor):
                 dimension = 3 if name == "queries" else 2
                 difference = held.narrow(dimension, 0, width) - compared.narrow(dimension, 0, width)
                 assert difference.abs().max() < 2e-5, name
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_steps_whose_attention_and_products_are_loops_do_what_plain_ones_do(biased):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL | {"head_dim": 16})).eval()
+    if not loops.attends(*2 * [torch.empty(1, 1, 1, 16)]):
+        pytest.skip("no loops: the processor lacks AVX-512, or there is no C++ compiler")
+    if biased:
+        model.lm_head.bias = torch.nn.Parameter(torch.randn(model.config.vocab_size))
+    ids, mask = left_padded(tokens(2, 100), [0, 9])
+    plain, cache = decoded(model, "mass-merge", ids, mask, 30, compiled=False)
+    assert any(layer.log_mass.isfinite().logical_and(layer.log_mass != 0).any() for layer in cache.layers)
+    compiled, same = decoded(model, "mass-merge", ids, mask, 30, compiled=True)
+    assert all(layer.looped for layer in same.step.layers)
+    assert (plain - compiled).abs().max() < 2e-5
 
 
 def test_generate_and_one_row_of_logits_are_the_same_compiled():

@@ -42,7 +42,7 @@ def bench(
         chunk_size: Tokens per forward pass.
         batch: Rows read side by side, one number or more; kvpress and llama.cpp read one.
         repeats: Rounds over all lengths and compressors, of which the medians are taken.
-        decode_tokens: Tokens decoded after the prompt.
+        decode_tokens: Tokens decoded after the prompt; up to four times as many where that takes less than two seconds.
         exact_memory: Count only what tensors take, not what the allocator keeps of it; slower, so not for speeds.
         compiled: Compile the decoding of those that read with slots.
         text: Texts whose beginnings are the prompts, another one in each round; how likely what follows is, in nats per

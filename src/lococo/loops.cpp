@@ -88,9 +88,10 @@ INLINE __m256 totals(const __m512* sums) {
     return _mm256_add_ps(_mm256_shuffle_ps(two[0], two[1], 0x88), _mm256_shuffle_ps(two[0], two[1], 0xdd));
 }
 
-// e^x for x up to 0, to the last but one bit of a float32; Cephes' polynomial.
+// e^x for x up to 0, to the last but one bit of a float32; Cephes' polynomial. What is no number stays none, which the
+// order of the maximum's operands decides.
 INLINE __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-120.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-120.0f), x);
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
     x = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     x = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), x);
@@ -142,9 +143,10 @@ void columns(const typename Kind::Number* x, const typename Kind::Number* weight
 }
 
 template <class Kind>
-void product(const typename Kind::Number* x, const typename Kind::Number* weight, float* y, long rows, long n, long d) {
+void product(const typename Kind::Number* x, const typename Kind::Number* weight, float* y, long rows, long n, long d,
+             int threads) {
     const long blocks = (n + ROWS - 1) / ROWS;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (long block = 0; block < blocks; block++) {
         const long first = block * ROWS, count = n - first < ROWS ? n - first : ROWS;
         const auto* weights = weight + first * d;
@@ -234,11 +236,11 @@ void attend(const typename Kind::Number* queries, const typename Kind::Number* k
 // y (heads g d) of queries (heads g d), keys and values (heads n d) and bias (heads n); heads of all rows.
 template <class Kind, int STEPS>
 void attention(const typename Kind::Number* queries, const typename Kind::Number* keys, const typename Kind::Number* values,
-               const float* bias, float* y, long heads, long g, long n, float scale) {
+               const float* bias, float* y, long heads, long g, long n, float scale, int threads) {
     constexpr long d = STEPS * STEP<Kind>;
     const long splits = (PARTS + heads - 1) / heads, length = (n + splits - 1) / splits;
     std::vector<Seen<Kind, STEPS>> seen(heads * splits * g);
-#pragma omp parallel for schedule(static, 1)
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (long part = 0; part < heads * splits; part++) {
         const long head = part / splits, first = part % splits * length, last = first + length < n ? first + length : n;
         const long from = (head * n + first) * d;
@@ -265,14 +267,15 @@ void attention(const typename Kind::Number* queries, const typename Kind::Number
 
 template <class Kind>
 void attention(const typename Kind::Number* queries, const typename Kind::Number* keys, const typename Kind::Number* values,
-               const float* bias, float* y, long heads, long g, long n, long d, float scale) {
+               const float* bias, float* y, long heads, long g, long n, long d, float scale, int threads) {
+    if (heads == 0) return;
     switch (d / STEP<Kind>) {
-        case 1: attention<Kind, 1>(queries, keys, values, bias, y, heads, g, n, scale); break;
-        case 2: attention<Kind, 2>(queries, keys, values, bias, y, heads, g, n, scale); break;
-        case 3: attention<Kind, 3>(queries, keys, values, bias, y, heads, g, n, scale); break;
-        case 4: attention<Kind, 4>(queries, keys, values, bias, y, heads, g, n, scale); break;
-        case 6: attention<Kind, 6>(queries, keys, values, bias, y, heads, g, n, scale); break;
-        case 8: attention<Kind, 8>(queries, keys, values, bias, y, heads, g, n, scale); break;
+        case 1: attention<Kind, 1>(queries, keys, values, bias, y, heads, g, n, scale, threads); break;
+        case 2: attention<Kind, 2>(queries, keys, values, bias, y, heads, g, n, scale, threads); break;
+        case 3: attention<Kind, 3>(queries, keys, values, bias, y, heads, g, n, scale, threads); break;
+        case 4: attention<Kind, 4>(queries, keys, values, bias, y, heads, g, n, scale, threads); break;
+        case 6: attention<Kind, 6>(queries, keys, values, bias, y, heads, g, n, scale, threads); break;
+        case 8: attention<Kind, 8>(queries, keys, values, bias, y, heads, g, n, scale, threads); break;
     }
 }
 
@@ -331,7 +334,6 @@ INLINE void add_row(float* row, long width, float weight, float* mass) {
     __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
     for (long e = 0; e < width; e += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(row + e));
     const float largest = _mm512_reduce_max_ps(most);
-    if (largest == -INFINITY) return;  // such a query sees nothing
     for (long e = 0; e < width; e += 16) {
         const __m512 each = exponential(_mm512_sub_ps(_mm512_loadu_ps(row + e), _mm512_set1_ps(largest)));
         _mm512_storeu_ps(row + e, each);
@@ -346,16 +348,16 @@ INLINE void add_row(float* row, long width, float weight, float* mass) {
 template <class Kind>
 void column_mass(const typename Kind::Number* keys, const float* bias, const typename Kind::Number* queries,
                  const int64_t* seen, const float* weights, float* mass, long heads, long h, long rows, long q, long n,
-                 long d, float scale) {
+                 long d, float scale, int threads) {
     const long width = (n + 16 * WIDE - 1) / (16 * WIDE) * 16 * WIDE, splits = rows < MAP ? 1 : rows / MAP;
     std::vector<float> sums(heads * splits * width), biases(heads * width, -INFINITY);
     std::vector<std::vector<typename Kind::Number>> keys_of(heads);
-#pragma omp parallel for schedule(static, 1)
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (long head = 0; head < heads; head++) {
         keys_of[head] = packed<Kind>(keys + head * n * d, n, width, d);
         memcpy(&biases[head * width], bias + head * n, n * sizeof(float));
     }
-#pragma omp parallel for schedule(static, 1)
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
     for (long part = 0; part < heads * splits; part++) {
         const long head = part / splits, text = head / h;
         const long first = rows * (part % splits) / splits, last = rows * (part % splits + 1) / splits;
@@ -370,7 +372,8 @@ void column_mass(const typename Kind::Number* keys, const float* bias, const typ
             }
             map_of<Kind>(from, keys_of[head].data(), &biases[head * width], width, d, scale, visible, map.data());
             for (int r = 0; r < HIGH && row + r < last; r++)
-                add_row(&map[r * width], width, weights ? weights[text * q + (row + r) % q] : 1, &sums[part * width]);
+                if (visible[r] > 0)  // a query that sees nothing gives nothing
+                    add_row(&map[r * width], width, weights ? weights[text * q + (row + r) % q] : 1, &sums[part * width]);
         }
     }
     for (long head = 0; head < heads; head++)
@@ -385,15 +388,16 @@ void column_mass(const typename Kind::Number* keys, const float* bias, const typ
 
 // y (rows n) = x (rows d) weight (n d)^T; y is float32.
 #define PRODUCT(NAME, KIND)                                                                                       \
-    extern "C" void NAME(const KIND::Number* x, const KIND::Number* weight, float* y, long rows, long n, long d) { \
-        product<KIND>(x, weight, y, rows, n, d);                                                                  \
+    extern "C" void NAME(const KIND::Number* x, const KIND::Number* weight, float* y, long rows, long n, long d,  \
+                         int threads) {                                                                           \
+        product<KIND>(x, weight, y, rows, n, d, threads);                                                         \
     }
 
 // y (heads g d) = softmax(scale queries keys^T + bias) values; bias and y are float32; d fills 1, 2, 3, 4, 6 or 8 registers.
 #define ATTENTION(NAME, KIND)                                                                                        \
     extern "C" void NAME(const KIND::Number* queries, const KIND::Number* keys, const KIND::Number* values,          \
-                         const float* bias, float* y, long heads, long g, long n, long d, float scale) {              \
-        attention<KIND>(queries, keys, values, bias, y, heads, g, n, d, scale);                                      \
+                         const float* bias, float* y, long heads, long g, long n, long d, float scale, int threads) { \
+        attention<KIND>(queries, keys, values, bias, y, heads, g, n, d, scale, threads);                             \
     }
 
 // mass (heads n): what the probabilities softmax(scale queries keys^T + bias) of (heads, rows) queries add up to, each times
@@ -401,8 +405,8 @@ void column_mass(const typename Kind::Number* keys, const float* bias, const typ
 #define COLUMN_MASS(NAME, KIND)                                                                                      \
     extern "C" void NAME(const KIND::Number* keys, const float* bias, const KIND::Number* queries, const int64_t* seen, \
                          const float* weights, float* mass, long heads, long h, long rows, long q, long n, long d,   \
-                         float scale) {                                                                              \
-        column_mass<KIND>(keys, bias, queries, seen, weights, mass, heads, h, rows, q, n, d, scale);                 \
+                         float scale, int threads) {                                                                 \
+        column_mass<KIND>(keys, bias, queries, seen, weights, mass, heads, h, rows, q, n, d, scale, threads);        \
     }
 
 PRODUCT(few_rows_float32, Float32)

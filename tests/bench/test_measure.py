@@ -128,6 +128,24 @@ def test_what_is_taken_when_a_reader_opens_counts_as_peak(monkeypatch, folder):
         assert measure.measure(setting, [1] * 50)["peak_memory_bytes"] >= 1 << 40
 
 
+@pytest.mark.parametrize(("seconds", "steps"), [(0.0, 3), (1e9, 12)])
+def test_fast_steps_are_decoded_for_a_while(seconds, steps, monkeypatch, folder):
+    counted = []
+
+    @contextmanager
+    def opened(setting):
+        with with_slots(replace(setting, compressor="h2o")) as reader:
+            step = reader.step
+            reader.step = lambda token: counted.append(token) or step(token)
+            yield reader
+
+    monkeypatch.setitem(measure.PEERS, "counting", Peer(opened))
+    monkeypatch.setattr(measure, "DECODE_SECONDS", seconds)
+    setting = Setting("counting", 50, num_slots=20, chunk_size=10, model=str(folder), decode_tokens=3)
+    measure.measure(setting, [1] * 50)
+    assert len(counted) == 1 + steps  # one to warm up
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A tiny model with a tokenizer of its own, as `load_model` reads it."""

@@ -111,7 +111,7 @@ def test_llama_cpp_reads_from_nothing_and_counts_its_whole_context(monkeypatch, 
         assert reader.read([5, 6]) == 7
         assert reader.step(7) == 8
         assert reader.llama.seen == [5, 6, 7]
-        # 32 tokens of two numbers in each of 3 layers, 2 heads and 8 places, 34 bytes for 32 of them.
+        # 65 tokens of two numbers in each of 3 layers, 2 heads and 8 places, 34 bytes for 32 of them.
         assert reader.kv_bytes() == 65 * 2 * 3 * 2 * 8 * 34 // 32
         assert reader.work(20).weight_bytes == 1000
     assert FakeLlama.last.closed

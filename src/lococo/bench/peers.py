@@ -146,7 +146,7 @@ def _llama_cpp(setting: Setting, *, requantised: bool = False, cache: str = "f16
     threads = torch.get_num_threads()
     llama = llama_cpp.Llama(
         str(file),
-        n_ctx=setting.length + setting.scored_tokens + setting.most_decoded + 1,
+        n_ctx=setting.length + setting.most_decoded + 1,
         n_threads=threads,
         n_threads_batch=threads,
         type_k=kind,

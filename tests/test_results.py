@@ -1,6 +1,7 @@
 import contextlib
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,6 +20,12 @@ def test_rows_say_which_command_made_them_but_not_where(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["/usr/bin/lococo", *words])
     about = about_this_run()
     assert about["command"] == "lococo eval needle --data texts --model owner/name --json=a.jsonl 'a b'"
+    main = SimpleNamespace(__spec__=SimpleNamespace(name="lococo.bench.tuning"))
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", ["tuning.py", "texts"])
+    assert about_this_run()["command"] == "python -m lococo.bench.tuning texts"
+    main.__spec__.name = "lococo.__main__"
+    assert about_this_run()["command"] == "lococo texts"
     assert {"lococo", "torch", "transformers"} <= about["versions"].keys()
     monkeypatch.setattr(module, "about_this_run", lambda: about)
     with results_file(tmp_path / "rows.jsonl") as results:

@@ -152,7 +152,15 @@ def about_this_run() -> Row:
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return {"command": shlex.join(["lococo", *words]), "versions": versions}
+    return {"command": shlex.join([*_program(), *words]), "versions": versions}
+
+
+def _program() -> list[str]:
+    """Return what was called: lococo, or a module of it that runs by itself, such as lococo.bench.tuning."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = "" if spec is None else spec.name
+    by_itself = name.startswith("lococo.") and not name.endswith("__main__")
+    return ["python", "-m", name] if by_itself else ["lococo"]
 
 
 def _without_place(word: str) -> str:

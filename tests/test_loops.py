@@ -177,3 +177,11 @@ def test_where_something_is_lacking_there_are_no_loops(lacking, monkeypatch, tmp
     finally:
         for cached in (loops._loop, loops._compiled):
             cached.cache_clear()
+
+
+def test_a_processor_that_nothing_is_known_of_can_do_nothing(monkeypatch):
+    def absent(path, **how):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr("pathlib.Path.read_text", absent)
+    assert loops._processor.__wrapped__() == ()

@@ -14,7 +14,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 from lococo.cached import cached_folder
 from lococo.errors import ModelError
 
-# From so many rows on the libraries' products are as fast.
+# For more rows the libraries' products are as fast.
 MOST_ROWS = 16
 
 # For fewer rows of a map, keys are not worth being put in another order.
@@ -146,10 +145,11 @@ def _loop(name: str, dtype: torch.dtype) -> Callable[..., None] | None:
 
 @functools.cache
 def _processor() -> tuple[str, ...]:
-    """Return what the processor can do, by Linux's names; nothing on other systems."""
-    if sys.platform != "linux":
+    """Return what the processor can do, by Linux's names; nothing where there is no /proc."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
         return ()
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     return tuple(sorted(next((line for line in lines if line.startswith("flags")), "").split()))
 
 

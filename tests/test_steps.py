@@ -9,8 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lococo
 from lococo import graphs, loops
 from lococo.reader import prefill
+from lococo.slot_layer import SlotLayer
 
-NAMES = ("keys", "values", "positions", "log_mass", "token_index", "mass", "queries")
+NAMES = SlotLayer.row_tensors
 
 
 def decoded(model, compressor, ids, mask, prompt, *, compiled):
@@ -23,12 +24,12 @@ def decoded(model, compressor, ids, mask, prompt, *, compiled):
         return torch.stack(logits), cache
 
 
-@pytest.mark.parametrize("compressor", ["h2o", "lococo"])
+@pytest.mark.parametrize("compressor", ["h2o", "lococo", "lococo with memory"])
 def test_compiled_steps_do_what_plain_ones_do_in_one_graph(compressor):
     # From a cache that was never compressed through three compressions, rows at different places.
     model = tiny()
-    if compressor == "lococo":
-        compressor = heads_for(model, scale=0.05)
+    if compressor != "h2o":
+        compressor = heads_for(model, scale=0.05, memory=0.5 * compressor.endswith("memory"))
     ids, mask = left_padded(tokens(2, 100), [0, 9])
     model(ids[:, :9], output_hidden_states=True)  # which leaves hooks of transformers' behind
     plain, cache = decoded(model, compressor, ids, mask, 30, compiled=False)

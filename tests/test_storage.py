@@ -5,7 +5,7 @@ import struct
 import pytest
 import safetensors.torch
 import torch
-from families import left_padded, tiny, tokenizer, tokens
+from families import heads_for, left_padded, tiny, tokenizer, tokens
 
 import lococo
 from lococo.errors import DocumentError, FileFormatError
@@ -38,6 +38,23 @@ def test_a_loaded_context_goes_on_as_if_never_saved(family, compressor, tmp_path
     assert torch.equal(again, expected)
     assert context.token_ids.tolist() == ids[0].tolist()
     assert context.cache.seen == 210
+
+
+@torch.no_grad()
+def test_what_was_remembered_goes_on_too(tmp_path):
+    model, path, ids, more = tiny(), tmp_path / "a.safetensors", tokens(1, 150), tokens(1, 60, seed=2)
+    forgetful, heads = (heads_for(model, scale=0.1, memory=memory) for memory in (0.0, 0.5))
+    with lococo.attach(model, heads, num_slots=40, chunk_size=16) as slots:
+        cache = slots.new_cache()
+        model(ids, past_key_values=cache)
+        lococo.save_context(path, cache, model=model, tokenizer=tokenizer(), token_ids=ids[0].tolist())
+        context = lococo.load_context(path, slots, tokenizer())
+        assert torch.equal(model(more, past_key_values=context.cache).logits, model(more, past_key_values=cache).logits)
+    with (
+        lococo.attach(model, forgetful, num_slots=40, chunk_size=16) as slots,
+        pytest.raises(FileFormatError, match="remembered"),
+    ):
+        lococo.load_context(path, slots, tokenizer())
 
 
 @torch.no_grad()

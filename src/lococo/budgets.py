@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lococo.atomic import write_atomically
 from lococo.attachment import attach, slot_layer_indices, window_of
 from lococo.cached import cache_folder
+from lococo.compressors import Compressor
 from lococo.documents import demo_text
 from lococo.errors import ArgumentError
 from lococo.reader import read
@@ -137,7 +138,7 @@ def calibration_weights(
     model: PreTrainedModel,
     windows: Sequence[Tensor],
     *,
-    compressor: str,
+    compressor: str | Compressor,
     num_slots: int,
     chunk_size: int,
     groups: int = GROUPS,
@@ -151,7 +152,7 @@ def calibration_weights(
 
     Args:
         model: Not attached.
-        windows: Texts, (1 n) each, of more than num_slots + chunk_size tokens.
+        windows: Texts, (b n) each, of more than num_slots + chunk_size tokens.
         compressor: See `calibrated`.
         num_slots: See `calibrated`.
         chunk_size: See `calibrated`.
@@ -215,9 +216,9 @@ COMPARED_EVERY = 4
 
 @torch.no_grad()
 def _log_probabilities(
-    model: PreTrainedModel, ids: Tensor, compressor: str, slots_per_layer: list[int], chunk_size: int
+    model: PreTrainedModel, ids: Tensor, compressor: str | Compressor, slots_per_layer: list[int], chunk_size: int
 ) -> Tensor:
-    """Return the predictions after every few tokens of what follows the first two chunks, (n v)."""
+    """Return the predictions after every few tokens of what follows the first two chunks, all rows in one, (n v)."""
     rows = []
     seen = 0
     with attach(model, compressor, chunk_size=chunk_size, slots_per_layer=slots_per_layer) as slots:
@@ -225,5 +226,5 @@ def _log_probabilities(
             tokens = torch.arange(seen, seen + piece.ids.shape[1])
             seen += len(tokens)
             compared = (tokens >= 2 * chunk_size) & (tokens % COMPARED_EVERY == 0)
-            rows.append(piece.logits[0, compared].float().log_softmax(-1))
-    return torch.cat(rows)
+            rows.append(piece.logits[:, compared].float().log_softmax(-1))
+    return torch.cat(rows, 1).flatten(0, 1)

@@ -36,6 +36,8 @@ class Entries:
         token_index: Which token of the text an entry is (for a merged slot: its anchor), (b h s), int64.
         mass: Attention mass received since the entry came, summed over queries and query groups, (b h s), float32;
             None unless the compressor observes "mass".
+        remembered: What earlier compressions made of each entry, (b h s), float32; 0 for those that came since, None
+            unless the compressor observes "remembered", and then it says with the slots what is to be remembered.
         queries: Queries of the last w tokens after RoPE, oldest first, (b h g w d); they belong to the last w entries.
             None unless the compressor observes "queries".
         rotary: Rotates this layer's keys and queries.
@@ -55,6 +57,7 @@ class Entries:
     scaling: float
     softcap: float | None = None
     sinks: Tensor | None = None
+    remembered: Tensor | None = None
 
     def __len__(self) -> int:
         return self.keys.shape[2]
@@ -70,6 +73,7 @@ class Entries:
             log_mass=self.log_mass.gather(2, index),
             token_index=self.token_index.gather(2, index),
             mass=None if self.mass is None else self.mass.gather(2, index),
+            remembered=None if self.remembered is None else self.remembered.gather(2, index),
         )
 
     @cached_property

@@ -22,7 +22,7 @@ class SlotLayer(CacheLayerMixin):
 
     is_sliding = False
     # Tensors with one row per sequence of the batch; None before the first token or where nothing observes them.
-    row_tensors: ClassVar = ("keys", "values", "positions", "log_mass", "token_index", "mass", "queries")
+    row_tensors: ClassVar = ("keys", "values", "positions", "log_mass", "token_index", "mass", "remembered", "queries")
 
     keys: Tensor  # None before the first token, when nothing asks for it
     values: Tensor
@@ -30,6 +30,7 @@ class SlotLayer(CacheLayerMixin):
     log_mass: Tensor
     token_index: Tensor
     mass: Tensor | None
+    remembered: Tensor | None
     queries: Tensor | None
 
     def __init__(
@@ -73,8 +74,9 @@ class SlotLayer(CacheLayerMixin):
             self.positions = key_states.new_zeros(b, h, width, dtype=torch.float32)
             self.log_mass = torch.zeros_like(self.positions)
             self.token_index = torch.zeros_like(self.positions, dtype=torch.int64)
-            if "mass" in self.compressor.observes:
-                self.mass = torch.zeros_like(self.positions)
+            for name in ("mass", "remembered"):
+                if name in self.compressor.observes:
+                    setattr(self, name, torch.zeros_like(self.positions))
         self.held = [0] * b
         self.is_initialized = True
 
@@ -97,7 +99,7 @@ class SlotLayer(CacheLayerMixin):
         self._write("values", value_states, filled)
         self._write("positions", chunk.position_ids.to(torch.float32).expand(batch, -1)[:, None], filled)
         self._write("token_index", chunk.token_index.expand(batch, -1)[:, None], filled)
-        for name in ("log_mass", "mass"):
+        for name in ("log_mass", "mass", "remembered"):
             if getattr(self, name) is not None:
                 self._write(name, self.positions.new_zeros(1).expand(batch, 1, chunk.length), filled)
         width = self._width(filled)
@@ -329,6 +331,7 @@ class SlotLayer(CacheLayerMixin):
             log_mass=self.log_mass[index][:, :, :count],
             token_index=self.token_index[index][:, :, :count],
             mass=None if self.mass is None else self.mass[index][:, :, :count],
+            remembered=None if self.remembered is None else self.remembered[index][:, :, :count],
             queries=queries,
             rotary=self.rotary,
             scaling=self.scaling,
@@ -338,7 +341,7 @@ class SlotLayer(CacheLayerMixin):
 
     def _store(self, rows: list[int], entries: Entries) -> None:
         index = self._row_index(rows)
-        for name in ("keys", "values", "positions", "log_mass", "token_index", "mass"):
+        for name in ("keys", "values", "positions", "log_mass", "token_index", "mass", "remembered"):
             new = getattr(entries, name)
             if new is None:
                 continue

@@ -45,6 +45,7 @@ class StepLayer(CacheLayerMixin):
     log_mass: Tensor
     token_index: Tensor
     mass: Tensor | None
+    remembered: Tensor | None
     queries: Tensor | None
 
     def __init__(self, step: "StepCache", layer_idx: int) -> None:
@@ -82,8 +83,9 @@ class StepLayer(CacheLayerMixin):
         self.positions[rows, :, place] = step.positions[:, None].expand(-1, heads)
         self.token_index[rows, :, place] = step.tokens[:, None].expand(-1, heads)
         self.log_mass[rows, :, place] = 0.0
-        if self.mass is not None:
-            self.mass[rows, :, place] = 0.0
+        for zero in (self.mass, self.remembered):
+            if zero is not None:
+                zero[rows, :, place] = 0.0
         return self.keys, self.values
 
     def attention_bias(self, query: Tensor) -> Tensor:

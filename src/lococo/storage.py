@@ -312,7 +312,7 @@ def _check_layer(i: int, layer: SlotLayer, own: dict[str, Tensor]) -> None:
     if len(layer.held) != batch or not all(0 <= held <= layer.num_slots for held in layer.held):
         raise ValueError(f"layer {i} holds {layer.held} slots")
     needed = {"keys", "values", "positions", "log_mass", "token_index"} | (
-        layer.compressor.observes & {"mass", "queries"}
+        layer.compressor.observes & {"mass", "remembered", "queries"}
     )
     if needed != own.keys():
         raise ValueError(f"layer {i} has {sorted(own)}, expected {sorted(needed)}")

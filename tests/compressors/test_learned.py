@@ -70,9 +70,59 @@ def test_scorers_decide_about_a_share_of_the_slots_alone():
 
 
 @torch.no_grad()
-def test_a_padded_row_is_the_row_alone():
+def test_slots_are_chosen_by_what_was_wanted_before_as_well():
+    model, memory, remembered, expected, differ = tiny(), 0.6, {}, {}, []
+    heads = heads_for(model, memory=memory, learned_scores=False)
+
+    def best(row, worth, count):
+        return sorted([*sorted(row[:-RECENT], key=worth.get)[RECENT - count :], *row[-RECENT:]])
+
+    def look(layer_idx, entries, count):
+        for head, row in enumerate(entries.token_index[0].tolist()):
+            place = layer_idx, head
+            if place in expected:
+                assert row[:count] == expected[place]
+            ahead = entries.future_mass[0, head].clamp(min=1e-9)
+            now = dict(zip(row, (ahead / ahead.sum()).tolist(), strict=True))
+            before = remembered.get(place, {})
+            remembered[place] = {
+                token: memory * before[token] + (1 - memory) * share if token in before else share
+                for token, share in now.items()
+            }
+            expected[place] = best(row, remembered[place], count)
+            remembered[place] = {token: remembered[place][token] for token in expected[place]}
+            differ.append(expected[place] != best(row, now, count))
+
+    heads.on_compress = look
+    with lococo.attach(model, heads, num_slots=40, chunk_size=16) as slots:
+        lococo.prefill(model, tokens(1, 200), slots.new_cache())
+    assert len(expected) == 4 * model.config.num_key_value_heads
+    assert sum(differ) > len(differ) / 4
+
+
+@torch.no_grad()
+def test_a_first_compression_remembers_nothing_and_heads_without_memory_never_do():
+    model, ids = tiny(), tokens(2, 150)
+    without, within = (heads_for(model, scale=0.3, memory=memory) for memory in (0.0, 0.5))
+    assert torch.equal(logits_of(model, without, ids[:, :72]), logits_of(model, within, ids[:, :72]))
+    assert not torch.allclose(logits_of(model, without, ids), logits_of(model, within, ids), atol=1e-3)
+    for heads in (without, within):
+        with lococo.attach(model, heads, num_slots=40, chunk_size=16) as slots:
+            cache = slots.new_cache()
+            lococo.prefill(model, ids, cache)
+        for layer in cache.slot_layers:
+            assert (layer.remembered is None) == (heads is without)
+            if heads is within:
+                filled = layer.filled[0]
+                assert (layer.remembered[:, :, :40] > 0).all()
+                assert (layer.remembered[:, :, 40:filled] == 0).all()
+
+
+@pytest.mark.parametrize("memory", [0.0, 0.5])
+@torch.no_grad()
+def test_a_padded_row_is_the_row_alone(memory):
     model, pads = tiny(), [0, 13, 60]
-    heads = heads_for(model, scale=0.1)
+    heads = heads_for(model, scale=0.1, memory=memory)
     ids, mask = left_padded(tokens(3, 190), pads)
     together = logits_of(model, heads, ids, mask)
     for row, pad in enumerate(pads):

@@ -14,7 +14,9 @@ from one_extension import RECIPE, WORDS, Letters, corpus_in, llama, tuning, whol
 from transformers import DynamicCache
 
 import lococo
+from lococo.compressors.heads import load_heads
 from lococo.errors import ArgumentError, DocumentError, FileFormatError, TrainingError
+from lococo.shares import shares
 from lococo.train import loop
 from lococo.train.extend import extend
 from lococo.train.extension import Extension
@@ -411,6 +413,34 @@ def test_a_whole_tuning_goes_on_and_leaves_a_folder(tmp_path):
     assert figures["data"] == ["text"]
 
 
+def test_layers_are_given_the_shares_that_were_measured_also_by_a_tuning_that_goes_on(tmp_path, monkeypatch):
+    recipe = Extension(**RECIPE | {"calibration_windows": 3, "batch": 2, "held_out_windows": 0, "memory": 0.5})
+    corpus_in(tmp_path / "texts", WORDS, WORDS[::-1])
+    lines, steps = [], iter([False, True])
+
+    def stopped(row):
+        if next(steps, False):
+            raise KeyboardInterrupt
+
+    def tuned():
+        options = {"base": None, "data": [str(tmp_path / "texts")], "save_every": 1, "say": lines.append}
+        return extend(llama(), Letters(), recipe, tmp_path / "out", after_step=stopped, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        tuned()
+    assert any("layers" in line and "nats from the full cache" in line for line in lines)
+    monkeypatch.setattr("lococo.train.extend.layer_weights", None)  # not measured a second time
+    figures = tuned()
+    settings = json.loads((tmp_path / "out" / "heads" / "config.json").read_text())["settings"]
+    weights = settings["budgets"]["24"]
+    assert settings["memory"] == 0.5
+    assert weights == figures["layer_weights"]
+    assert len(weights) == 4
+    assert len({*weights}) > 1
+    _, heads = load_heads(tmp_path / "out" / "heads", dict.fromkeys(range(4), 24), tiny().config.head_dim)
+    assert heads.slots_per_layer(24) == shares(weights, 24, heads.min_slots())
+
+
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     training, _ = tuning(tmp_path)
     training.save(tmp_path / "checkpoint.safetensors")
@@ -459,6 +489,8 @@ def test_recipes_that_cannot_be():
         ("seed", 1 << 80, "expected seed to be a number of 64 bits"),
         ("rope", "dynamic", "expected rope to be one of none, linear, yarn, got dynamic"),
         ("begin", "start", "expected begin to be one of random, beginning, got start"),
+        ("memory", 1.0, "expected memory to be from 0 to less than 1, got 1.0"),
+        ("calibration_windows", -1, "expected calibration_windows to be at least 0, got -1"),
         ("lora_targets", (1, 2), r"expected lora_targets to be names, got \(1, 2\)"),
     ):
         with pytest.raises(ArgumentError, match=message):

@@ -37,6 +37,19 @@ def test_heads_start_as_those_that_are_there(saved, monkeypatch, name):
     assert all(torch.equal(tensor, weights[key]) for key, tensor in heads.state_dict().items())
 
 
+def test_heads_are_given_a_memory(saved):
+    folder, _ = saved
+    assert tune(llama(), recipe(compressor=str(folder), memory=0.5)).heads.form.memory == 0.5
+    assert tune(llama(), recipe(compressor="fresh", memory=0.5)).heads.observes == {"queries", "remembered"}
+    heads = heads_for(tiny(), memory=0.25)
+    save_heads(heads, folder / "kept", ModelFacts.of(tiny()))
+    assert tune(llama(), recipe(compressor=str(folder / "kept"))).heads.form.memory == 0.25
+    for options in ({"memory": 0.5}, {"calibration_windows": 1}):
+        for name in ("h2o", "full", "lococo-paper"):
+            with pytest.raises(ArgumentError, match=f"are for heads of lococo, not for {name}"):
+                tune(llama(), recipe(compressor=name, **options))
+
+
 def test_heads_without_their_norms_are_saved_without_them(saved, monkeypatch, tmp_path):
     monkeypatch.setattr(compressors, "shipped_heads", lambda facts: saved[0])
     model = llama()

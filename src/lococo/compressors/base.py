@@ -22,8 +22,8 @@ class Compressor(Protocol):
     def observes(self) -> frozenset[str]:
         """What the cache takes down for it.
 
-        Any of "mass" (attention each entry received since it came) and "queries" (those of the last `chunk_size`
-        tokens).
+        Any of "mass" (attention each entry received since it came), "queries" (those of the last `chunk_size` tokens)
+        and "remembered" (what its own earlier compressions said of each entry).
         """
         ...
 

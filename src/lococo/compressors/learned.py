@@ -8,7 +8,7 @@ merged and how much attention its slot asks for. Nothing depends on the number o
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any, cast
 
@@ -46,7 +46,6 @@ class LearnedHeads(nn.Module):
     """The compressor `lococo`."""
 
     kind = "lococo"
-    observes: frozenset[str] = frozenset({"queries"})
     # Raised whenever the same weights do something else than before; see `compressors.METHODS`.
     revision = 1
 
@@ -64,6 +63,11 @@ class LearnedHeads(nn.Module):
         self.on_compress: OnCompress | None = None
 
     @property
+    def observes(self) -> frozenset[str]:
+        """Queries, and with memory what it said before."""
+        return frozenset({"queries", "remembered"} if self.form.memory else {"queries"})
+
+    @property
     def settings(self) -> dict[str, Any]:
         """What `of_settings` needs to make the same heads again, as JSON takes it."""
         return asdict(self.form) | {"layers": list(self.form.layers), "norms": list(self.form.norms)}
@@ -73,6 +77,8 @@ class LearnedHeads(nn.Module):
         """Make heads of their `settings`."""
         budgets = {int(slots): list(weights) for slots, weights in settings["budgets"].items()}
         form = HeadSettings(**settings | {"budgets": budgets})
+        if not 0 <= form.memory < 1:
+            raise ValueError(f"expected memory from 0 to less than 1, got {form.memory}")
         for slots, weights in budgets.items():
             known = all(0 <= weight < math.inf for weight in weights) and any(weights)
             if len(weights) != len(form.layers) or not known:
@@ -103,12 +109,13 @@ class LearnedHeads(nn.Module):
         bonus, correction = self._said(entries, mass, str(layer_idx))
         if least is not None:
             mass = mass.maximum(least)
-        scores = mass.detach().clone()  # which entries stay is no smooth choice
+        wanted, remembered = self._wanted(entries, mass.detach())  # which entries stay is no smooth choice
+        scores = wanted.clone()
         scores[..., len(entries) - RECENT :].fill_(torch.inf)
         if bonus is not None:
-            mass = raised(mass, bonus[0], num_slots)
+            ahead, mass = mass, raised(mass, bonus[0], num_slots)
             foreseen = scores.topk(num_slots - int(SCORED_SHARE * num_slots), sorted=False).indices
-            scores = scores.maximum(mass.detach()).scatter_(2, foreseen, torch.inf)
+            scores = scores.maximum(wanted + (mass - ahead).detach()).scatter_(2, foreseen, torch.inf)
         kept = scores.topk(num_slots, sorted=False).indices.sort().values
         gain = None
         if correction is not None:
@@ -116,7 +123,21 @@ class LearnedHeads(nn.Module):
             mass = mass * weight.exp()
             # Once, when an entry becomes a slot: what is added at every compression has no end (docs/log.md).
             gain = gain * (entries.log_mass == 0) if self.form.max_log_mass else None
-        return merged_by_mass(entries, kept, mass, gain=gain, max_log_mass=self.form.max_log_mass)
+        slots = merged_by_mass(entries, kept, mass, gain=gain, max_log_mass=self.form.max_log_mass)
+        return slots if remembered is None else replace(slots, remembered=remembered.gather(2, kept))
+
+    def _wanted(self, entries: Entries, mass: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return how much each entry is wanted, in units of `mass`, and which share of it is to be remembered, (b h s).
+
+        What the last queries look for is one sample of what is needed: an entry that was wanted chunks ago, and will be
+        again, has a say by what is remembered of it (docs/log.md).
+        """
+        if entries.remembered is None:
+            return mass, None
+        total = mass.sum(-1, keepdim=True)
+        now, before = mass / total, entries.remembered
+        share = now.lerp(before, self.form.memory).where(before > 0, now)
+        return share * total, share
 
     def corrections(self, entries: Entries, layer_idx: int) -> dict[str, Tensor]:
         """Return what is said about a layer's entries, (b h s) each.

@@ -27,6 +27,8 @@ class HeadSettings:
         learned_scores: Raise the mass of what may be asked for later.
         learned_merge: Correct weights and masses of the merge.
         max_log_mass: Most that a slot may add to its attention logit, in nats.
+        memory: How much what an entry was worth at earlier compressions counts when slots are chosen, against what it
+            is worth now; from 0 to less than 1.
         norms: Names of the norms that are changed along, () for a frozen model.
         hidden_size: What those norms put out.
         budgets: Weights of the layers by number of slots, between which is interpolated; {} for uniform budgets.
@@ -41,6 +43,7 @@ class HeadSettings:
     learned_scores: bool = True
     learned_merge: bool = True
     max_log_mass: float = MAX_LOG_MASS
+    memory: float = 0.0
     norms: Sequence[str] = ()
     hidden_size: int = 0
     budgets: dict[int, list[float]] = field(default_factory=dict)

@@ -5,11 +5,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lococo.attachment import window_of
 from lococo.compressors import Compressor, selection_of
 from lococo.compressors.heads import CHECKPOINT
+from lococo.compressors.learned import LearnedHeads
 from lococo.errors import DocumentError
+from lococo.train.calibration import layer_weights
 from lococo.train.data import Corpus, corpus_of
 from lococo.train.extension import Extension
 from lococo.train.hub import PREFIX
@@ -22,6 +26,9 @@ from lococo.train.tuning import Tuning, tune
 from lococo.tuned import base_of, heads_dtype, save_tuned
 
 Row = dict[str, Any]
+
+# What a checkpoint notes the layers' weights as.
+WEIGHTS = "layer_weights"
 
 
 def extend(
@@ -67,10 +74,17 @@ def extend(
     training, tuning = tuning_of(placed(model), corpus, recipe)
     output.mkdir(parents=True, exist_ok=True)
     apart_lessons = LongLessons(model, tuning.compressor, held_out, replace(recipe, batch=1))
-    if checkpoint.exists():
+    resumed = checkpoint.exists()
+    if resumed:
         training.load(checkpoint)
         say(f"going on after step {training.step} of {recipe.steps}")
-    else:
+    elif recipe.calibration_windows:
+        say(f"measuring which layers need their share of {recipe.num_slots} slots")
+        training.notes[WEIGHTS] = _weights(model, tuning.compressor, corpus, recipe, say)
+    if WEIGHTS in training.notes and isinstance(tuning.heads, LearnedHeads):
+        form = tuning.heads.form
+        tuning.heads.form = replace(form, budgets=form.budgets | {recipe.num_slots: training.notes[WEIGHTS]})
+    if not resumed:
         training.notes["held_out_before"] = _measured(training, apart_lessons, recipe)
         training.save(checkpoint)
     training.run_saving(
@@ -114,6 +128,26 @@ def tuning_of(model: PreTrainedModel, corpus: Corpus, recipe: Extension) -> tupl
     tuning = tune(model, recipe)
     lessons = LongLessons(model, tuning.compressor, corpus, recipe)
     return Training(lessons, Trained(tuning.heads, tuning.groups), recipe, belongs_to), tuning
+
+
+def _weights(
+    model: PreTrainedModel, compressor: Compressor | str, corpus: Corpus, recipe: Extension, say: Callable[[str], None]
+) -> list[float]:
+    least = recipe.num_slots + 2 * recipe.chunk_size
+    weights = layer_weights(
+        model,
+        compressor,
+        corpus,
+        num_slots=recipe.num_slots,
+        chunk_size=recipe.chunk_size,
+        # The full cache, which is compared with, knows no more positions.
+        length=max(least, min(recipe.length, window_of(model) or recipe.length)),
+        windows=recipe.calibration_windows,
+        batch=recipe.batch,
+        seed=recipe.seed + 1,
+        say=say,
+    )
+    return list(broadcast_object_list(weights))  # processes that rounded otherwise must not share out otherwise
 
 
 def _name_of(compressor: Compressor | str) -> str:

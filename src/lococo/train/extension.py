@@ -32,6 +32,10 @@ class Extension:
         stretches: Parts of a window, after each of which a step is taken; the next goes on from the slots that it left.
         compressions: How many compressions back the gradient reaches; memory grows with it, but not with length.
             0: all of the window.
+        memory: How much what an entry was worth at earlier compressions counts when the heads choose slots, against
+            what it is worth now; 0: as the heads have it.
+        calibration_windows: Texts as long as the model's own window on which is measured, before tuning, which layers
+            need their slots; 0: shares as the heads have them.
         heads_learning_rate: Of the heads, at its highest; it falls to 0; 0: they stay as they are.
         lora_learning_rate: Of LoRA.
         norms_learning_rate: Of the model's norms, and of the changes of norms that heads bring along.
@@ -60,6 +64,8 @@ class Extension:
     accumulate: int = 1
     stretches: int = 1
     compressions: int = 1
+    memory: float = 0.0
+    calibration_windows: int = 0
     heads_learning_rate: float = 1e-3
     lora_learning_rate: float = 2e-4
     norms_learning_rate: float = 2e-4
@@ -92,9 +98,11 @@ class Extension:
             if getattr(self, name) < 1:
                 raise ArgumentError(f"expected {name} to be at least 1, got {getattr(self, name)}")
         rates = [name for name in vars(self) if name.endswith("learning_rate")]
-        for name in (*rates, "compressions", "weight_decay", "warm_up", "held_out_windows"):
+        for name in (*rates, "compressions", "calibration_windows", "weight_decay", "warm_up", "held_out_windows"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"expected {name} to be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.memory < 1:
+            raise ArgumentError(f"expected memory to be from 0 to less than 1, got {self.memory}")
         if self.length % self.chunk_size:
             fits = max(1, self.length // self.chunk_size) * self.chunk_size
             raise ArgumentError(

@@ -6,16 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lococo.attachment import window_of
-from lococo.budgets import calibration_weights
 from lococo.compressors import of_heads
 from lococo.compressors.heads import CHECKPOINT, WRITTEN_AS, save_heads
 from lococo.compressors.learned import LearnedHeads
 from lococo.errors import ArgumentError, DocumentError, TrainingError
 from lococo.facts import ModelFacts
+from lococo.train.calibration import layer_weights
 from lococo.train.data import Corpus, Document, corpus_of, split
 from lococo.train.hub import PREFIX
 from lococo.train.lessons import HeadLessons
@@ -27,9 +26,8 @@ from lococo.train.trained import heads_in, new_heads, round_to
 
 Row = dict[str, Any]
 
-# Windows on which the layers' shares are measured, and the groups of layers that share one.
+# Windows on which the layers' shares are measured.
 CALIBRATION_WINDOWS = 6
-CALIBRATION_GROUPS = 15
 
 # Windows that were kept apart, on which the heads are measured before and after; one for each of a few domains.
 HELD_OUT_WINDOWS = 4
@@ -180,18 +178,14 @@ def fit_scores(
 def _weights(
     model: PreTrainedModel, corpus: Corpus, recipe: Recipe, num_slots: int, say: Callable[[str], None]
 ) -> list[float]:
-    length = min(recipe.length, num_slots + 4 * recipe.chunk_size)
-    least = num_slots + 2 * recipe.chunk_size
-    windows = [
-        torch.tensor([corpus.window(recipe.seed + 1, number, length=length, least=least)])
-        for number in range(CALIBRATION_WINDOWS)
-    ]
-    return calibration_weights(
+    return layer_weights(
         model,
-        windows,
-        compressor="mass-merge",
+        "mass-merge",
+        corpus,
         num_slots=num_slots,
         chunk_size=recipe.chunk_size,
-        groups=CALIBRATION_GROUPS,
-        progress=say,
+        length=min(recipe.length, num_slots + 4 * recipe.chunk_size),
+        windows=CALIBRATION_WINDOWS,
+        seed=recipe.seed + 1,
+        say=say,
     )

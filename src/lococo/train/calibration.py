@@ -1,0 +1,55 @@
+"""Which layers need their slots, measured on windows of a corpus before anything is trained."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+
+from lococo.budgets import calibration_weights
+from lococo.compressors import Compressor
+from lococo.train.data import Corpus
+
+# Layers are measured in so many groups.
+GROUPS = 15
+
+
+def layer_weights(
+    model: PreTrainedModel,
+    compressor: Compressor | str,
+    corpus: Corpus,
+    *,
+    num_slots: int,
+    chunk_size: int,
+    length: int,
+    windows: int,
+    batch: int = 1,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[float]:
+    """Measure how many slots each layer needs beside the others; see `calibration_weights`.
+
+    Args:
+        model: Not attached.
+        compressor: That shares slots out.
+        corpus: Windows are drawn from it.
+        num_slots: Of a group of layers while it is measured.
+        chunk_size: Tokens per forward pass.
+        length: Tokens of a window, more than num_slots + 2 * chunk_size; where documents are short it may have fewer.
+        windows: How many.
+        batch: Windows of the same length that are read side by side.
+        seed: Of the windows: another one than that of the training draws others.
+        say: Called with a line for people.
+    """
+    alike: dict[int, list[list[int]]] = {}
+    for number in range(windows):
+        ids = corpus.window(seed, number, length=length, least=num_slots + 2 * chunk_size)
+        alike.setdefault(len(ids), []).append(ids)
+    return calibration_weights(
+        model,
+        [torch.tensor(same[i : i + batch]) for same in alike.values() for i in range(0, len(same), batch)],
+        compressor=compressor,
+        num_slots=num_slots,
+        chunk_size=chunk_size,
+        groups=GROUPS,
+        progress=say,
+    )

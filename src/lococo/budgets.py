@@ -6,7 +6,6 @@ is a list of slots per layer, of a given mean, for `attach(..., slots_per_layer=
 
 import contextlib
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
@@ -142,13 +141,14 @@ def calibration_weights(
     num_slots: int,
     chunk_size: int,
     groups: int = GROUPS,
+    power: float = 1.0,
     progress: Callable[[str], None] | None = None,
 ) -> list[float]:
-    """Measure how sensitive each group of layers is; return the square root of it for every layer.
+    """Measure how sensitive each group of layers is; return what share of the slots is best for every layer.
 
     The sensitivity of a group is the divergence from the full cache's predictions when only that group is compressed.
-    The square root is the share that is best if a layer's loss falls with the inverse of its slots. A model in half
-    precision is measured in float32, since rounding alone moves predictions by more than some layers do.
+    If a layer's loss falls with the inverse of its slots, its square root is the best share. A model in half precision
+    is measured in float32, since rounding alone moves predictions by more than some layers do.
 
     Args:
         model: Not attached.
@@ -157,6 +157,7 @@ def calibration_weights(
         num_slots: See `calibrated`.
         chunk_size: See `calibrated`.
         groups: See `calibrated`.
+        power: A layer's loss falls with this power of its slots; sensitivity counts to the power of 1 / (1 + power).
         progress: See `calibrated`.
     """
     layers = len(slot_layer_indices(model))
@@ -184,7 +185,7 @@ def calibration_weights(
         sensitivity += [max(total / count, 0.0) / (last - first)] * (last - first)
         if progress is not None:
             progress(f"layers {first} to {last - 1}: {total / count:.4f} nats from the full cache")
-    return [math.sqrt(value) for value in sensitivity] if sum(sensitivity) > 0 else [1.0] * layers
+    return [value ** (1 / (1 + power)) for value in sensitivity] if sum(sensitivity) > 0 else [1.0] * layers
 
 
 @contextlib.contextmanager

@@ -9,9 +9,6 @@ from lococo.budgets import calibration_weights
 from lococo.compressors import Compressor
 from lococo.train.data import Corpus
 
-# Layers are measured in so many groups.
-GROUPS = 15
-
 
 def layer_weights(
     model: PreTrainedModel,
@@ -23,6 +20,8 @@ def layer_weights(
     length: int,
     windows: int,
     batch: int = 1,
+    groups: int | None = None,
+    power: float = 1.0,
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[float]:
@@ -37,6 +36,8 @@ def layer_weights(
         length: Tokens of a window, more than num_slots + 2 * chunk_size; where documents are short it may have fewer.
         windows: How many.
         batch: Windows of the same length that are read side by side.
+        groups: Neighbouring layers are measured together, in so many groups; None: each alone.
+        power: Of its slots that a layer's loss falls with.
         seed: Of the windows: another one than that of the training draws others.
         say: Called with a line for people.
     """
@@ -50,6 +51,7 @@ def layer_weights(
         compressor=compressor,
         num_slots=num_slots,
         chunk_size=chunk_size,
-        groups=GROUPS,
+        groups=model.config.get_text_config(decoder=True).num_hidden_layers if groups is None else groups,
+        power=power,
         progress=say,
     )

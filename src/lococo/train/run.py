@@ -26,8 +26,9 @@ from lococo.train.trained import heads_in, new_heads, round_to
 
 Row = dict[str, Any]
 
-# Windows on which the layers' shares are measured.
+# Windows on which the layers' shares are measured, and the groups of layers that share one.
 CALIBRATION_WINDOWS = 6
+CALIBRATION_GROUPS = 15
 
 # Windows that were kept apart, on which the heads are measured before and after; one for each of a few domains.
 HELD_OUT_WINDOWS = 4
@@ -186,6 +187,7 @@ def _weights(
         chunk_size=recipe.chunk_size,
         length=min(recipe.length, num_slots + 4 * recipe.chunk_size),
         windows=CALIBRATION_WINDOWS,
+        groups=CALIBRATION_GROUPS,
         seed=recipe.seed + 1,
         say=say,
     )

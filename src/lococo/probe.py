@@ -132,8 +132,8 @@ def attention_function(implementation: str, module: nn.Module) -> Callable[..., 
 def modeling_function(module: nn.Module, name: str) -> Callable[..., Any] | None:
     """Return a function of the modelling file that defines the module's class, or None where it has none."""
     for cls in type(module).__mro__:
-        if cls.__module__.startswith("torch."):
-            return None
+        if cls.__module__.startswith("torch."):  # nn.Module, or what sharding has put before the module's own class
+            continue
         function = getattr(sys.modules[cls.__module__], name, None)
         if function is not None:
             return function  # type: ignore[no-any-return]

@@ -1,7 +1,8 @@
 """A small tuning, for the tests and for processes of their own."""
 
-import json
+import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -56,23 +57,29 @@ def tuning(folder, *, model=None, corpus=None, **options):
     return tuning_of(model or llama(), corpus or corpus_in(folder), recipe)
 
 
-def whole(source, target):
-    """Tune from beginning to end; the losses of all steps lie beside what comes of it."""
-    losses = []
+def whole(source, target, killed_after=0, **options):
+    """Tune from beginning to end, or until a step after which the process is killed; losses lie beside the folder."""
+
+    def noted(row):
+        if not first_process():
+            return
+        with target.with_suffix(".losses").open("a") as file:
+            print(row["loss"], file=file)
+        if row["step"] == killed_after:  # which ends the others as well
+            os.kill(os.getpid(), signal.SIGKILL)
+
     extend(
         llama(),
         Letters(),
-        Extension(**RECIPE | {"accumulate": 2, "steps": 3, "held_out_windows": 1}),
+        Extension(**RECIPE | {"accumulate": 2, "steps": 3, "held_out_windows": 1} | options),
         target,
         base=None,
         data=[str(source)],
         save_every=2,
         say=lambda line: None,
-        after_step=lambda row: losses.append(row["loss"]),
+        after_step=noted,
     )
-    if first_process():
-        (target / "losses.json").write_text(json.dumps(losses))
 
 
 if __name__ == "__main__":
-    whole(Path(sys.argv[1]), Path(sys.argv[2]))
+    whole(*map(Path, sys.argv[1:3]), int(sys.argv[3]), shard=sys.argv[4] == "shard")

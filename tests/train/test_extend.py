@@ -347,19 +347,22 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(tmp_path
     assert again.step == 2
 
 
-def test_two_processes_tune_as_one_with_accumulation(tmp_path):
+@pytest.mark.parametrize("weights", ["whole", "shard"])
+def test_two_processes_that_are_killed_and_go_on_tune_as_one_with_accumulation(tmp_path, weights):
     corpus_in(tmp_path / "text", WORDS, WORDS[7:])
     whole(tmp_path / "text", tmp_path / "1")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = str(Path(__file__).with_name("one_extension.py"))
-    command = [sys.executable, *launch, script, str(tmp_path / "text"), str(tmp_path / "2")]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    for killed_after in (2, 0):
+        arguments = [str(tmp_path / "text"), str(tmp_path / "2"), str(killed_after), weights]
+        command = [sys.executable, *launch, script, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode != 0) == (killed_after > 0), done.stderr
     ended = []
     for folder in (tmp_path / "1", tmp_path / "2"):
         files = {name: safetensors.torch.load_file(folder / name) for name in (ADAPTER, "heads/model.safetensors")}
-        losses = json.loads((folder / "losses.json").read_text())
+        losses = [float(line) for line in folder.with_suffix(".losses").read_text().split()]
         record = json.loads((folder / RECORD).read_text())["training"]
         ended.append((losses, {f"{file}:{n}": t for file, some in files.items() for n, t in some.items()}, record))
     (losses, one, record), (others, two, other) = ended
@@ -484,6 +487,9 @@ def test_recipes_that_cannot_be():
         Extension(lora_learning_rate=-1.0)
     with pytest.raises(ArgumentError, match="at least one name in lora_targets"):
         Extension(lora_targets=())
+    for options in ({"short_documents": True}, {"calibration_windows": 1}):
+        with pytest.raises(ArgumentError, match="shard needs windows of one document each"):
+            Extension(shard=True, **options)
     for name, value, message in (
         ("lora_learning_rate", float("nan"), "a finite number such as 0.001, got nan"),
         ("seed", 1 << 80, "expected seed to be a number of 64 bits"),
@@ -495,6 +501,11 @@ def test_recipes_that_cannot_be():
     ):
         with pytest.raises(ArgumentError, match=message):
             Extension(**{name: value})
+
+
+def test_one_process_has_nobody_to_share_weights_with(tmp_path):
+    with pytest.raises(ArgumentError, match="there is one; start several with torchrun"):
+        tuning(tmp_path, shard=True)
 
 
 def test_a_tuning_of_nothing(tmp_path):

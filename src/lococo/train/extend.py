@@ -21,6 +21,7 @@ from lococo.train.long_lessons import LongLessons
 from lococo.train.loop import Training, made_with, placed
 from lococo.train.packing import check_longest
 from lococo.train.run import standard_library
+from lococo.train.sharding import shard
 from lococo.train.trained import Trained, round_to
 from lococo.train.tuning import Tuning, tune
 from lococo.tuned import base_of, heads_dtype, save_tuned
@@ -74,7 +75,7 @@ def extend(
     if not apart:
         say("too few long documents to keep some apart: what is called held out is what is tuned on")
     checkpoint, described = output / CHECKPOINT, base_of(model, base)
-    training, tuning = tuning_of(placed(model), corpus, recipe)
+    training, tuning = tuning_of(model if recipe.shard else placed(model), corpus, recipe)
     output.mkdir(parents=True, exist_ok=True)
     apart_lessons = LongLessons(model, tuning.compressor, held_out, replace(recipe, batch=1))
     resumed = checkpoint.exists()
@@ -129,6 +130,10 @@ def tuning_of(model: PreTrainedModel, corpus: Corpus, recipe: Extension) -> tupl
     # Of the model before it is tuned.
     belongs_to = made_with(model, corpus, recipe)
     tuning = tune(model, recipe)
+    if recipe.shard:
+        device = shard(model, (p for group in tuning.groups for p in group.parameters.values()))
+        if tuning.heads is not None:
+            tuning.heads.to(device)
     lessons = LongLessons(model, tuning.compressor, corpus, recipe)
     return Training(lessons, Trained(tuning.heads, tuning.groups), recipe, belongs_to), tuning
 

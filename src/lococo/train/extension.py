@@ -49,6 +49,8 @@ class Extension:
             length / window.
         begin: Where in a document a window begins: at random places, or always at its beginning.
         short_documents: Fill windows with documents of any length, and go on although none is as long as a window.
+        shard: Share the weights that stay as they are out among processes (FSDP), for models that one device cannot
+            hold; every window is one document then, so that all read the same number of chunks.
         held_out_windows: Windows of text kept apart on which the loss is measured, before, after and along the way.
         kernel_size: Of the paper's convolutions.
         mix: Start of the paper's n; 0 is eviction.
@@ -78,6 +80,7 @@ class Extension:
     rope: Rope = "none"
     begin: Begin = "random"
     short_documents: bool = False
+    shard: bool = False
     held_out_windows: int = 2
     kernel_size: int = 21
     mix: float = 0.0
@@ -123,6 +126,11 @@ class Extension:
             raise ArgumentError(
                 f"windows whose gradient is whole are read in one stretch, got {self.stretches}; set stretches to 1, "
                 "and raise accumulate for full"
+            )
+        if self.shard and (self.short_documents or self.calibration_windows):
+            raise ArgumentError(
+                "shard needs windows of one document each and layers that are never whole; switch off short_documents "
+                "and calibration_windows"
             )
         if not self.lora_targets:
             raise ArgumentError("expected at least one name in lora_targets; to leave LoRA out, set its rate to 0")

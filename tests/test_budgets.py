@@ -21,6 +21,16 @@ def test_shares_keep_the_total_and_the_least():
         shares([1, 2], 8, least=9)
 
 
+def test_shares_keep_the_most_and_hand_on_what_is_over():
+    assert shares([1, 1, 8], 20, least=5, most=30) == [15, 15, 30]
+    assert shares([1, 7, 8], 20, least=5, most=25) == [10, 25, 25]
+    assert shares([0, 0, 1], 20, least=5, most=30) == [15, 15, 30]
+    assert shares([1, 2, 3], 20, least=5, most=20) == [20, 20, 20]
+    # what cannot be kept is not heeded: whoever asked for so many slots is told elsewhere
+    assert shares([1, 1, 8], 20, least=5, most=10) == shares([1, 1, 8], 20, least=5)
+    assert shares([1, 1, 8], 20, least=5, most=200) == shares([1, 1, 8], 20, least=5)
+
+
 def test_pyramid_falls_from_three_halves_to_one_half():
     slots = pyramid(30, 64)
     assert sum(slots) == 30 * 64
@@ -47,6 +57,15 @@ def test_calibration_gives_the_sensitive_layers_more(monkeypatch):
     assert len(lines) == 4
     with lococo.attach(model, "streaming-llm", num_slots=20, chunk_size=16, slots_per_layer=slots) as attached:
         assert attached.new_cache().num_slots == 20
+
+
+def test_texts_side_by_side_are_measured_as_one_after_the_other_and_weights_follow_the_power():
+    model, ids = tiny(), tokens(3, 120)
+    options = {"compressor": "mass-merge", "num_slots": 20, "chunk_size": 16, "groups": 4}
+    alone = calibration_weights(model, list(ids.split(1)), **options)
+    assert calibration_weights(model, [ids], **options) == pytest.approx(alone, rel=1e-3)
+    weighed = calibration_weights(model, [ids], power=2 / 3, **options)
+    assert weighed == pytest.approx([weight**1.2 for weight in alone], rel=1e-3)
 
 
 def test_a_model_in_half_precision_is_measured_in_float32():

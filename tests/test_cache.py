@@ -15,6 +15,15 @@ from lococo.slot_layer import SlotLayer
 
 LEARNING_FREE = [*PAIRS, "h2o+mass-merge", "streaming-llm+mass-merge"]
 
+# Learned heads that store with each slot what it was worth; without changes of norms, which rows without slots lack.
+REMEMBERING = "lococo with memory"
+
+
+def with_memory(model):
+    heads = heads_for(model, scale=0.1, memory=0.5)
+    heads.norms = None
+    return heads
+
 
 def full_logits(model, ids, mask=None):
     position_ids = None if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
@@ -397,10 +406,11 @@ def test_an_interrupted_chunk_of_a_model_with_sliding_layers_is_not_read_on_from
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.parametrize("compressor", ["full", "h2o", "mass-merge"])
+@pytest.mark.parametrize("compressor", ["full", "h2o", "mass-merge", REMEMBERING])
 @torch.no_grad()
 def test_a_fork_goes_on_by_itself(family, compressor):
     model, ids = tiny(family), tokens(1, 120)
+    compressor = with_memory(model) if compressor == REMEMBERING else compressor
     with lococo.attach(model, compressor, num_slots=40, chunk_size=16) as slots:
         alone = slots.new_cache()
         model(ids[:, :70], past_key_values=alone)
@@ -415,10 +425,11 @@ def test_a_fork_goes_on_by_itself(family, compressor):
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
-@pytest.mark.parametrize("compressor", LEARNING_FREE)
+@pytest.mark.parametrize("compressor", [*LEARNING_FREE, REMEMBERING])
 @torch.no_grad()
 def test_rows_join_that_have_come_to_different_places(family, compressor, monkeypatch):
     model, ids, rest = tiny(family), tokens(4, 130), tokens(4, 40, seed=2)
+    compressor = with_memory(model) if compressor == REMEMBERING else compressor
     monkeypatch.setattr(model.config, "max_position_embeddings", 96)
     with lococo.attach(model, compressor, slots_per_layer=[40, 45, 33, 42], chunk_size=16) as slots:
         alone = [slots.new_cache() for _ in range(4)]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import left_padded, tiny, tokens
+from families import heads_for, left_padded, tiny, tokens
 from transformers import LlamaForCausalLM
 
 import lococo
@@ -46,12 +46,13 @@ def decode(model, slots, **how):
 @pytest.mark.parametrize(
     ("family", "compressor"),
     [
-        *(("llama", name) for name in COMPRESSORS),
+        *(("llama", name) for name in (*COMPRESSORS, "memory")),
         *(("gemma3", "h2o"), ("gpt2", "mass-merge"), ("gpt-oss", "h2o"), ("lfm2", "h2o")),
     ],
 )
 def test_prompt_lookup_decodes_what_plain_decoding_does(family, compressor):
     model = tiny(family)
+    compressor = heads_for(model, scale=0.1, memory=0.5) if compressor == "memory" else compressor
     with lococo.attach(model, compressor, num_slots=40, chunk_size=16) as slots:
         plain, plain_cache, _ = decode(model, slots)
         looked_up, cache, calls = decode(model, slots, prompt_lookup_num_tokens=24)
@@ -63,7 +64,7 @@ def test_prompt_lookup_decodes_what_plain_decoding_does(family, compressor):
     for one, other in zip(cache.slot_layers, plain_cache.slot_layers, strict=True):
         filled = one.filled[0]
         assert other.filled == [filled]
-        for name in ("keys", "values", "positions", "log_mass", "mass"):
+        for name in ("keys", "values", "positions", "log_mass", "mass", "remembered"):
             if getattr(one, name) is not None:
                 a, b = (getattr(layer, name)[:, :, :filled] for layer in (one, other))
                 torch.testing.assert_close(a, b, atol=5e-3, rtol=1e-3)

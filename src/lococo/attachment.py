@@ -56,8 +56,9 @@ class Attachment:
         uniform = [num_slots] * len(self.layers)
         self.compressor = self._make(compressor, uniform if slots_per_layer is None else list(slots_per_layer))
         if slots_per_layer is None:
-            own = getattr(self.compressor, "slots_per_layer", None)
-            slots_per_layer = uniform if own is None else own(num_slots)
+            own, window = getattr(self.compressor, "slots_per_layer", None), window_of(model)
+            most = None if window is None else window - chunk_size
+            slots_per_layer = uniform if own is None else own(num_slots, most)
         self.slots_per_layer = list(slots_per_layer)
         mean = sum(self.slots_per_layer) / len(self.slots_per_layer)
         self.num_slots = int(mean) if mean == int(mean) else mean

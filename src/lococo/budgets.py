@@ -172,19 +172,24 @@ def calibration_weights(
     with _in_float32(model):
         for number, ids in enumerate(windows, 1):
             length = ids.shape[1]
-            full = _log_probabilities(model, ids, compressor, [length] * layers, chunk_size)
-            count += len(full)
+            whole = _predictions(model, ids, compressor, [length] * layers, chunk_size)
+            full = torch.cat([said.cpu() for said in whole], 1)  # of all tokens a GPU may have no room for
+            count += full.shape[0] * full.shape[1]
             for group, (first, last) in enumerate(pairwise(bounds)):
                 slots = [num_slots if first <= i < last else length for i in range(layers)]
-                some = _log_probabilities(model, ids, compressor, slots, chunk_size)
-                sums[group] += (full.exp() * (full - some)).sum().item()
+                seen = 0
+                for said in _predictions(model, ids, compressor, slots, chunk_size):
+                    theirs = full[:, seen : seen + said.shape[1]].to(said.device)
+                    sums[group] += (theirs.exp() * (theirs - said)).sum().item()
+                    seen += said.shape[1]
             if progress is not None and len(windows) > 1:
                 progress(f"{number} of {len(windows)} texts read with each group of layers compressed alone")
     sensitivity: list[float] = []
     for total, (first, last) in zip(sums, pairwise(bounds), strict=True):
         sensitivity += [max(total / count, 0.0) / (last - first)] * (last - first)
         if progress is not None:
-            progress(f"layers {first} to {last - 1}: {total / count:.4f} nats from the full cache")
+            which = f"layer {first}" if last - first == 1 else f"layers {first} to {last - 1}"
+            progress(f"{which}: {total / count:.5f} nats from the full cache")
     return [value ** (1 / (1 + power)) for value in sensitivity] if sum(sensitivity) > 0 else [1.0] * layers
 
 
@@ -216,16 +221,14 @@ COMPARED_EVERY = 4
 
 
 @torch.no_grad()
-def _log_probabilities(
+def _predictions(
     model: PreTrainedModel, ids: Tensor, compressor: str | Compressor, slots_per_layer: list[int], chunk_size: int
-) -> Tensor:
-    """Return the predictions after every few tokens of what follows the first two chunks, all rows in one, (n v)."""
-    rows = []
+) -> Iterator[Tensor]:
+    """Yield the predictions after every few tokens of what follows the first two chunks, piece by piece, (b k v)."""
     seen = 0
     with attach(model, compressor, chunk_size=chunk_size, slots_per_layer=slots_per_layer) as slots:
         for piece in read(model, ids, slots.new_cache(), all_logits=True):
             tokens = torch.arange(seen, seen + piece.ids.shape[1])
             seen += len(tokens)
             compared = (tokens >= 2 * chunk_size) & (tokens % COMPARED_EVERY == 0)
-            rows.append(piece.logits[:, compared].float().log_softmax(-1))
-    return torch.cat(rows, 1).flatten(0, 1)
+            yield piece.logits[:, compared].float().log_softmax(-1)

@@ -100,6 +100,26 @@ def test_slots_are_chosen_by_what_was_wanted_before_as_well():
     assert sum(differ) > len(differ) / 4
 
 
+def test_no_layer_is_given_more_than_the_window_holds():
+    model = tiny()
+    heads = heads_for(model, budgets={40: [1, 1, 1, 60]})
+    assert heads.slots_per_layer(40)[3] > 100
+    window = model.config.max_position_embeddings
+    chunk_size = window - 80
+    slots = lococo.attach(model, heads, num_slots=40, chunk_size=chunk_size).slots_per_layer
+    assert max(slots) == 80
+    assert sum(slots) == 4 * 40
+
+
+def test_heads_without_memory_are_what_they_were_before_there_was_any():
+    model = tiny()
+    assert "memory" not in heads_for(model).settings
+    heads = heads_for(model, memory=0.5)
+    assert type(heads).of_settings(heads.settings).form.memory == 0.5
+    with pytest.raises(ValueError, match=r"expected memory from 0 to less than 1, got 1\.5"):
+        type(heads).of_settings(heads.settings | {"memory": 1.5})
+
+
 @torch.no_grad()
 def test_a_first_compression_remembers_nothing_and_heads_without_memory_never_do():
     model, ids = tiny(), tokens(2, 150)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from lococo.compressors.heads import load_heads
 from lococo.errors import ArgumentError, DocumentError, FileFormatError, TrainingError
 from lococo.shares import shares
 from lococo.train import loop
-from lococo.train.extend import extend
+from lococo.train.data import Corpus
+from lococo.train.extend import _check_domains, extend
 from lococo.train.extension import Extension
 from lococo.train.long_lessons import side_by_side
 from lococo.train.packing import packed_window
@@ -431,7 +433,7 @@ def test_layers_are_given_the_shares_that_were_measured_also_by_a_tuning_that_go
 
     with pytest.raises(KeyboardInterrupt):
         tuned()
-    assert any("layers" in line and "nats from the full cache" in line for line in lines)
+    assert sum("nats from the full cache" in line for line in lines) == 4
     monkeypatch.setattr("lococo.train.extend.layer_weights", None)  # not measured a second time
     figures = tuned()
     settings = json.loads((tmp_path / "out" / "heads" / "config.json").read_text())["settings"]
@@ -488,14 +490,14 @@ def test_recipes_that_cannot_be():
     with pytest.raises(ArgumentError, match="at least one name in lora_targets"):
         Extension(lora_targets=())
     for options in ({"short_documents": True}, {"calibration_windows": 1}):
-        with pytest.raises(ArgumentError, match="shard needs windows of one document each"):
+        with pytest.raises(ArgumentError, match="shard reads windows of one document each"):
             Extension(shard=True, **options)
     for name, value, message in (
         ("lora_learning_rate", float("nan"), "a finite number such as 0.001, got nan"),
         ("seed", 1 << 80, "expected seed to be a number of 64 bits"),
         ("rope", "dynamic", "expected rope to be one of none, linear, yarn, got dynamic"),
         ("begin", "start", "expected begin to be one of random, beginning, got start"),
-        ("memory", 1.0, "expected memory to be from 0 to less than 1, got 1.0"),
+        ("memory", 1.0, "expected memory to be from 0 to less than 1, or -1, got 1.0"),
         ("calibration_windows", -1, "expected calibration_windows to be at least 0, got -1"),
         ("lora_targets", (1, 2), r"expected lora_targets to be names, got \(1, 2\)"),
     ):
@@ -506,6 +508,34 @@ def test_recipes_that_cannot_be():
 def test_one_process_has_nobody_to_share_weights_with(tmp_path):
     with pytest.raises(ArgumentError, match="there is one; start several with torchrun"):
         tuning(tmp_path, shard=True)
+
+
+def test_shards_are_read_by_the_same_number_of_chunks_or_refused(tmp_path):
+    short = corpus_in(tmp_path / "short", WORDS[:100]).domains[""]
+    corpus = corpus_in(tmp_path / "long", WORDS, *[WORDS[i : i + 127] for i in range(20)])
+    recipe = Extension(**RECIPE | {"shard": True})
+    for number in range(20):
+        assert [len(ids) for ids in packed_window(corpus, 0, number, length=128, begin="random", alone=True)] == [128]
+    both = Corpus({"long": corpus.domains[""], "short": short}, Letters())
+    with pytest.raises(DocumentError, match="domain 'short' has none of 128 tokens; lower length, or name longer"):
+        _check_domains(both, corpus, recipe)
+    with pytest.raises(DocumentError, match="or set held_out_windows to 0"):
+        _check_domains(corpus, both, recipe)
+    _check_domains(corpus, both, replace(recipe, held_out_windows=0))
+
+
+def test_calibration_of_more_slots_than_its_texts_have_tokens(tmp_path):
+    recipe = Extension(**RECIPE | {"calibration_windows": 1, "num_slots": 90, "length": 128})
+    corpus_in(tmp_path / "text")
+    with pytest.raises(ArgumentError, match=r"texts of up to 112 tokens .* and 90 slots and two chunks are 122"):
+        extend(
+            llama(max_position_embeddings=128),
+            Letters(),
+            recipe,
+            tmp_path / "o",
+            base=None,
+            data=[str(tmp_path / "text")],
+        )
 
 
 def test_a_tuning_of_nothing(tmp_path):

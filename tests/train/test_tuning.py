@@ -44,9 +44,10 @@ def test_heads_are_given_a_memory(saved):
     heads = heads_for(tiny(), memory=0.25)
     save_heads(heads, folder / "kept", ModelFacts.of(tiny()))
     assert tune(llama(), recipe(compressor=str(folder / "kept"))).heads.form.memory == 0.25
+    assert tune(llama(), recipe(compressor=str(folder / "kept"), memory=0.0)).heads.form.memory == 0
     for options in ({"memory": 0.5}, {"calibration_windows": 1}):
         for name in ("h2o", "full", "lococo-paper"):
-            with pytest.raises(ArgumentError, match=f"are for heads of lococo, not for {name}"):
+            with pytest.raises(ArgumentError, match=f"are for heads of lococo, got compressor '{name}'"):
                 tune(llama(), recipe(compressor=name, **options))
 
 

@@ -1,6 +1,6 @@
 """Our heads: small convolutions over the temporal order of entries that correct what look-ahead sees.
 
-Look-ahead mass and merging by mass are where they start from, and with weights of zero they are exactly
+Look-ahead mass and merging by mass are where they start from, and with weights of zero and no memory they are exactly
 `mass-merge`. Two nets per layer look at each entry and its neighbours: one raises the mass of entries that somebody may
 ask for much later, which the last queries cannot know; the other corrects how much an entry weighs when values are
 merged and how much attention its slot asks for. Nothing depends on the number of slots, so one set serves any.
@@ -70,7 +70,9 @@ class LearnedHeads(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """What `of_settings` needs to make the same heads again, as JSON takes it."""
-        return asdict(self.form) | {"layers": list(self.form.layers), "norms": list(self.form.norms)}
+        made = asdict(self.form) | {"layers": list(self.form.layers), "norms": list(self.form.norms)}
+        # Heads that have no memory are what they were before there was any.
+        return made if self.form.memory else {name: value for name, value in made.items() if name != "memory"}
 
     @classmethod
     def of_settings(cls, settings: dict[str, Any]) -> "LearnedHeads":
@@ -98,9 +100,9 @@ class LearnedHeads(nn.Module):
         """Return the smallest number of slots it can fill."""
         return RECENT + 1
 
-    def slots_per_layer(self, num_slots: int) -> list[int]:
-        """Return the slots of each layer, of mean `num_slots`."""
-        return shares(self._weights(num_slots), num_slots, min(num_slots, self.min_slots()))
+    def slots_per_layer(self, num_slots: int, most: int | None = None) -> list[int]:
+        """Return the slots of each layer, of mean `num_slots`, and where that can be of no more than `most`."""
+        return shares(self._weights(num_slots), num_slots, min(num_slots, self.min_slots()), most)
 
     def compress(self, entries: Entries, num_slots: int, layer_idx: int) -> Entries:
         """Keep the `num_slots` entries that later queries will attend to most, and merge the others into them."""
@@ -115,7 +117,8 @@ class LearnedHeads(nn.Module):
         if bonus is not None:
             ahead, mass = mass, raised(mass, bonus[0], num_slots)
             foreseen = scores.topk(num_slots - int(SCORED_SHARE * num_slots), sorted=False).indices
-            scores = scores.maximum(wanted + (mass - ahead).detach()).scatter_(2, foreseen, torch.inf)
+            raising = mass.detach() if remembered is None else wanted + (mass - ahead).detach()
+            scores = scores.maximum(raising).scatter_(2, foreseen, torch.inf)
         kept = scores.topk(num_slots, sorted=False).indices.sort().values
         gain = None
         if correction is not None:

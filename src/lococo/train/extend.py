@@ -12,7 +12,7 @@ from lococo.attachment import window_of
 from lococo.compressors import Compressor, selection_of
 from lococo.compressors.heads import CHECKPOINT
 from lococo.compressors.learned import LearnedHeads
-from lococo.errors import DocumentError
+from lococo.errors import ArgumentError, DocumentError
 from lococo.train.calibration import layer_weights
 from lococo.train.data import Corpus, corpus_of
 from lococo.train.extension import Extension
@@ -30,6 +30,9 @@ Row = dict[str, Any]
 
 # Where slots are few and texts long, a layer's loss falls with about this power of its slots (docs/log.md).
 LOSS_FALLS = 2 / 3
+
+# Tokens of the texts on which that is measured, at most: with the full cache they are read once for every layer.
+CALIBRATED_TOKENS = 8192
 
 # What a checkpoint notes the layers' weights as.
 WEIGHTS = "layer_weights"
@@ -63,14 +66,16 @@ def extend(
         after_step: Called with each step's figures, see `Training.run_saving`.
 
     Returns:
-        What is written into the folder's record: recipe, data, tokens, seconds, and held_out_before and held_out, the
-        loss on text that was kept apart.
+        What is written into the folder's record: recipe, data, tokens, seconds, layer_weights where they were measured,
+        and held_out_before and held_out, the loss on text that was kept apart.
     """
     if data:
         corpus, held_out = corpus_of(data, tokenizer, documents=documents, seed=recipe.seed)
     else:
         corpus, held_out = standard_library(tokenizer)
     corpus, held_out = _long_enough(corpus, held_out, recipe)
+    if recipe.shard:
+        _check_domains(corpus, held_out, recipe)
     apart = corpus.fingerprint != held_out.fingerprint
     if not apart:
         say("too few long documents to keep some apart: what is called held out is what is tuned on")
@@ -82,12 +87,8 @@ def extend(
     if resumed:
         training.load(checkpoint)
         say(f"going on after step {training.step} of {recipe.steps}")
-    elif recipe.calibration_windows:
-        say(f"measuring which layers need their share of {recipe.num_slots} slots")
-        training.notes[WEIGHTS] = _weights(model, tuning.compressor, corpus, recipe, say)
-    if WEIGHTS in training.notes and isinstance(tuning.heads, LearnedHeads):
-        form = tuning.heads.form
-        tuning.heads.form = replace(form, budgets=form.budgets | {recipe.num_slots: training.notes[WEIGHTS]})
+    training.check_agreement()  # before processes wait for each other over what only some of them do
+    _share_out(training, tuning, corpus, recipe, say)
     if not resumed:
         training.notes["held_out_before"] = _measured(training, apart_lessons, recipe)
         training.save(checkpoint)
@@ -138,25 +139,38 @@ def tuning_of(model: PreTrainedModel, corpus: Corpus, recipe: Extension) -> tupl
     return Training(lessons, Trained(tuning.heads, tuning.groups), recipe, belongs_to), tuning
 
 
-def _weights(
-    model: PreTrainedModel, compressor: Compressor | str, corpus: Corpus, recipe: Extension, say: Callable[[str], None]
-) -> list[float]:
-    least = recipe.num_slots + 2 * recipe.chunk_size
-    weights = layer_weights(
-        model,
-        compressor,
-        corpus,
-        num_slots=recipe.num_slots,
-        chunk_size=recipe.chunk_size,
-        # The full cache, which is compared with, knows no more positions.
-        length=max(least, min(recipe.length, (window_of(model) or recipe.length) - recipe.chunk_size)),
-        windows=recipe.calibration_windows,
-        batch=recipe.batch,
-        power=LOSS_FALLS,
-        seed=recipe.seed + 1,
-        say=say,
-    )
-    return list(broadcast_object_list(weights))  # processes that rounded otherwise must not share out otherwise
+def _share_out(
+    training: Training, tuning: Tuning, corpus: Corpus, recipe: Extension, say: Callable[[str], None]
+) -> None:
+    """Give the heads the layers' weights, measured now or by the run that this one goes on with."""
+    heads, model = tuning.heads, training.lessons.model
+    if not recipe.calibration_windows or not isinstance(heads, LearnedHeads):
+        return
+    if WEIGHTS not in training.notes:
+        say(f"measuring which layers need their share of {recipe.num_slots} slots")
+        # The full cache, which is compared with, knows no more positions than the window's.
+        most = min(recipe.length, CALIBRATED_TOKENS, (window_of(model) or recipe.length) - recipe.chunk_size)
+        if most < (least := recipe.num_slots + 2 * recipe.chunk_size):
+            raise ArgumentError(
+                f"calibration compares texts of up to {most} tokens with the full cache, and {recipe.num_slots} slots "
+                f"and two chunks are {least}; lower num_slots or chunk_size, or set calibration_windows to 0"
+            )
+        weights = layer_weights(
+            model,
+            heads,
+            corpus,
+            num_slots=recipe.num_slots,
+            chunk_size=recipe.chunk_size,
+            length=most,
+            windows=recipe.calibration_windows,
+            batch=recipe.batch,
+            power=LOSS_FALLS,
+            seed=recipe.seed + 1,
+            say=say,
+        )
+        # Processes that rounded otherwise must not share out otherwise.
+        training.notes[WEIGHTS] = list(broadcast_object_list(weights))
+    heads.form = replace(heads.form, budgets=heads.form.budgets | {recipe.num_slots: training.notes[WEIGHTS]})
 
 
 def _name_of(compressor: Compressor | str) -> str:
@@ -188,3 +202,19 @@ def _long_enough(corpus: Corpus, held_out: Corpus, recipe: Extension) -> tuple[C
         check_longest(whole, recipe.length)
         return whole, whole
     return corpus, held_out
+
+
+def _check_domains(corpus: Corpus, held_out: Corpus, recipe: Extension) -> None:
+    """Refuse text in which some domain has no document that fills a window alone."""
+    for part, remedy in ((corpus, ""), (held_out, ", or set held_out_windows to 0")):
+        if part is held_out and not recipe.held_out_windows:
+            continue
+        for name, documents in part.domains.items():
+            try:
+                check_longest(Corpus({name: documents}, part.tokenizer), recipe.length)
+            except DocumentError as error:
+                kind = f"domain {name!r}" if name else "text"
+                raise DocumentError(
+                    f"shard reads windows of one document each, and {kind} has none of {recipe.length} tokens; lower "
+                    f"length, or name longer documents with --data{remedy}"
+                ) from error

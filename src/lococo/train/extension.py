@@ -33,9 +33,9 @@ class Extension:
         compressions: How many compressions back the gradient reaches; memory grows with it, but not with length.
             0: all of the window.
         memory: How much what an entry was worth at earlier compressions counts when the heads choose slots, against
-            what it is worth now; 0: as the heads have it.
-        calibration_windows: Texts as long as the model's own window on which is measured, before tuning, which layers
-            need their slots; 0: shares as the heads have them.
+            what it is worth now, below 1; -1: as the heads have it.
+        calibration_windows: Texts of up to 8,192 tokens, within the model's own window, on which is measured before
+            tuning which layers need their slots; 0: shares as the heads have them.
         heads_learning_rate: Of the heads, at its highest; it falls to 0; 0: they stay as they are.
         lora_learning_rate: Of LoRA.
         norms_learning_rate: Of the model's norms, and of the changes of norms that heads bring along.
@@ -50,7 +50,8 @@ class Extension:
         begin: Where in a document a window begins: at random places, or always at its beginning.
         short_documents: Fill windows with documents of any length, and go on although none is as long as a window.
         shard: Share the weights that stay as they are out among processes (FSDP), for models that one device cannot
-            hold; every window is one document then, so that all read the same number of chunks.
+            hold, though each process's host must; every window is one document then, so that all read the same number
+            of chunks.
         held_out_windows: Windows of text kept apart on which the loss is measured, before, after and along the way.
         kernel_size: Of the paper's convolutions.
         mix: Start of the paper's n; 0 is eviction.
@@ -66,7 +67,7 @@ class Extension:
     accumulate: int = 1
     stretches: int = 1
     compressions: int = 1
-    memory: float = 0.0
+    memory: float = -1.0
     calibration_windows: int = 0
     heads_learning_rate: float = 1e-3
     lora_learning_rate: float = 2e-4
@@ -104,8 +105,8 @@ class Extension:
         for name in (*rates, "compressions", "calibration_windows", "weight_decay", "warm_up", "held_out_windows"):
             if getattr(self, name) < 0:
                 raise ArgumentError(f"expected {name} to be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.memory < 1:
-            raise ArgumentError(f"expected memory to be from 0 to less than 1, got {self.memory}")
+        if not (0 <= self.memory < 1 or self.memory == -1):
+            raise ArgumentError(f"expected memory to be from 0 to less than 1, or -1, got {self.memory}")
         if self.length % self.chunk_size:
             fits = max(1, self.length // self.chunk_size) * self.chunk_size
             raise ArgumentError(
@@ -129,8 +130,9 @@ class Extension:
             )
         if self.shard and (self.short_documents or self.calibration_windows):
             raise ArgumentError(
-                "shard needs windows of one document each and layers that are never whole; switch off short_documents "
-                "and calibration_windows"
+                "shard reads windows of one document each and cannot hold weights in float32 to measure layers, got "
+                f"short_documents {self.short_documents} and calibration_windows {self.calibration_windows}; leave "
+                "both out, and name a folder of heads that were measured before as compressor"
             )
         if not self.lora_targets:
             raise ArgumentError("expected at least one name in lora_targets; to leave LoRA out, set its rate to 0")

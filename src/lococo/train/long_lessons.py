@@ -12,7 +12,6 @@ from transformers import Cache, PreTrainedModel
 from lococo.attachment import Attachment, attach
 from lococo.cache import SlotCache
 from lococo.compressors import Compressor
-from lococo.errors import DocumentError
 from lococo.train.data import Corpus
 from lococo.train.extension import Extension
 from lococo.train.lessons import Lesson
@@ -47,9 +46,8 @@ class LongLessons:
         recipe = self.recipe
         numbers = range(number * recipe.batch, (number + 1) * recipe.batch)
         how: dict[str, Any] = {"length": recipe.length, "begin": recipe.begin, "short": recipe.short_documents}
-        windows = [packed_window(self.corpus, seed, n, **how) for n in numbers]
-        if recipe.shard and any(len(window) > 1 for window in windows):
-            raise DocumentError(f"shard needs documents of {recipe.length} tokens, and few have as many; lower length")
+        # Processes that wait for each other must read as many chunks: no window of several documents.
+        windows = [packed_window(self.corpus, seed, n, alone=recipe.shard, **how) for n in numbers]
         pieces = side_by_side(windows)
         with attach(self.model, self.compressor, num_slots=num_slots, chunk_size=recipe.chunk_size) as slots:
             reading = _Reading(self.model, slots, recipe.chunk_size)

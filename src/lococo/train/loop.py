@@ -101,7 +101,7 @@ class Training:
             TrainingError: If the loss or a gradient is not finite; all is as it was before the step. If processes do
                 not stand at the same step of the same training.
         """
-        self._check_agreement()
+        self.check_agreement()
         while self.step < self.schedule.steps:
             start = time.perf_counter()
             for row in self._steps():
@@ -152,7 +152,12 @@ class Training:
             for slots in sorted(set(num_slots or lessons.turns))
         }
 
-    def _check_agreement(self) -> None:
+    def check_agreement(self) -> None:
+        """Refuse processes that do not stand at the same step of the same training.
+
+        Raises:
+            TrainingError: If they do not.
+        """
         stands = gather_object([(self.step, self._made_with)])
         if len({made_with for _, made_with in stands}) > 1:
             raise TrainingError("processes were started with different recipes, models or texts; use the same for all")

@@ -24,7 +24,7 @@ TRIED = 8
 
 
 def packed_window(
-    corpus: Corpus, seed: int, number: int, *, length: int, begin: Begin, short: bool = False
+    corpus: Corpus, seed: int, number: int, *, length: int, begin: Begin, short: bool = False, alone: bool = False
 ) -> list[list[int]]:
     """Draw a window of one domain; domains take turns.
 
@@ -35,6 +35,7 @@ def packed_window(
         length: Tokens in all; one less where a single one is left over.
         begin: Where in a document a piece begins. Those that are shorter than what is missing are taken whole.
         short: Take documents that are shorter than a window as well; else only where none is found that is as long.
+        alone: Take one document that fills the window, or none.
 
     Returns:
         Token ids of each piece, in order.
@@ -54,7 +55,7 @@ def packed_window(
     for attempt in range(ATTEMPTS):
         document = draw.choices(documents, weights)[0]
         ids = _piece(corpus, document, draw.random() if begin == "random" else 0.0, missing)
-        if not short and len(ids) < missing and attempt < REDRAWN:
+        if not short and len(ids) < missing and (alone or attempt < REDRAWN):
             continue
         if len(ids) >= LEAST:
             pieces.append(ids)

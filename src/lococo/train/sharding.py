@@ -6,6 +6,7 @@ the folder that comes of it are the same. Embeddings stay whole as well: the hea
 decoder.
 """
 
+import inspect
 from collections.abc import Iterable
 
 import torch
@@ -13,7 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from lococo.errors import ArgumentError
+from lococo.errors import ArgumentError, UnsupportedModelError
 
 
 def shard(model: PreTrainedModel, trained: Iterable[nn.Parameter]) -> torch.device:
@@ -22,14 +23,15 @@ def shard(model: PreTrainedModel, trained: Iterable[nn.Parameter]) -> torch.devi
     All of them must read the same number of chunks from here on: who gathers a layer waits for the others.
 
     Args:
-        model: On the CPU; never whole on the device.
+        model: On the CPU, where every process loads all of it; never whole on the device.
         trained: Parameters that stay whole.
 
     Returns:
         The process's device, where everything is now.
 
     Raises:
-        ArgumentError: If there is one process alone.
+        ArgumentError: If there is one process alone, or a torch before 2.7.
+        UnsupportedModelError: If the model's layers are not found.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -37,7 +39,14 @@ def shard(model: PreTrainedModel, trained: Iterable[nn.Parameter]) -> torch.devi
     accelerator = Accelerator()
     if accelerator.num_processes < 2:
         raise ArgumentError("shard shares weights out among processes, and there is one; start several with torchrun")
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise ArgumentError(f"shard needs torch 2.7 or later, got {torch.__version__}; upgrade it, or leave shard out")
     decoder, layers = model.get_decoder(), layers_of(model)
+    if not layers:
+        raise UnsupportedModelError(
+            f"the layers of {type(model).__name__} are not found as a list of its decoder, so there is nothing to "
+            "share out; leave shard out"
+        )
     device: torch.device = accelerator.device
     of_layers = {p for layer in layers for p in layer.parameters()}
     whole = set(trained) | (set(model.parameters()) - of_layers)

@@ -82,10 +82,14 @@ def tune(model: PreTrainedModel, recipe: Extension) -> Tuning:
     embeddings = {key: p for name in modules if _is_embedding(model, name) for key, p in own[name].items()}
     norms = {key: p for name in modules if not _is_embedding(model, name) for key, p in own[name].items()}
     heads = None if isinstance(compressor, str) else next(iter(compressors.modules(compressor)), None)
-    if recipe.memory or recipe.calibration_windows:
+    if recipe.memory >= 0 or recipe.calibration_windows:
         if not isinstance(heads, LearnedHeads):
-            raise ArgumentError(f"memory and calibration_windows are for heads of lococo, not for {recipe.compressor}")
-        heads.form = replace(heads.form, memory=recipe.memory or heads.form.memory)
+            raise ArgumentError(
+                f"memory and calibration_windows are for heads of lococo, got compressor {recipe.compressor!r}; leave "
+                "them out"
+            )
+        if recipe.memory >= 0:
+            heads.form = replace(heads.form, memory=recipe.memory)
     groups = [
         Group(lora, recipe.lora_learning_rate, recipe.weight_decay),
         Group(norms, recipe.norms_learning_rate),

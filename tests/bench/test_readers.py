@@ -32,8 +32,10 @@ def test_the_full_cache_goes_on_as_the_model_does(model, chunked):
         assert reader.cache is None
 
 
+@pytest.mark.parametrize("piece", [48, 1000])
 @torch.no_grad()
-def test_slots_go_on_as_the_model_does_with_slots(model):
+def test_slots_go_on_as_the_model_does_with_slots(model, monkeypatch, piece):
+    monkeypatch.setattr(readers, "PIECE", piece)  # which a prompt is handed over in
     with readers.with_slots(Setting("mass-merge", 150, **SHAPE)) as reader:
         follows = reader.read(IDS)
         assert reader.kv_bytes() == 56 * ENTRY * 4

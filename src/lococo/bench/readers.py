@@ -183,6 +183,10 @@ class Transformers:
         return sum(_bytes_in(vars(layer)) for layer in self.cache.layers)
 
 
+# Tokens that are handed over at a time to what reads any number of them: those of a million fill 8 MiB.
+PIECE = 8192
+
+
 class Slots(Transformers):
     """A model that reads with slots."""
 
@@ -195,7 +199,10 @@ class Slots(Transformers):
     def read(self, ids: Sequence[int]) -> int:
         """See `Reader`."""
         self.cache = self.new_cache()
-        return self._forward(ids)
+        token = 0
+        for start in range(0, len(ids), PIECE):
+            token = self._forward(ids[start : start + PIECE])
+        return token
 
     def _logits(self, ids: Sequence[int], *, keep: int) -> Any:
         """Read tokens in chunks; return the first row's logits, see `Transformers`."""

@@ -234,7 +234,9 @@ def attach(
     if compressor == "auto":
         compressor = getattr(model, TUNED_FOR, None) or compressors.default(ModelFacts.of(model))
     attachment = Attachment(model, compressor, num_slots, slots_per_layer, chunk_size, positions, compiled)
-    window, most = window_of(model), max(attachment.slots_per_layer)
+    window = window_of(model)
+    # What was asked for: heads share slots out so that no layer has more than fit, if that can be.
+    most = num_slots if slots_per_layer is None else max(slots_per_layer)
     if attachment.compressor is not None and window is not None and most + chunk_size > window:
         raise ArgumentError(
             f"{most} slots and a chunk of {chunk_size} do not fit the model's window of {window}; "

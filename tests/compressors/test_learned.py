@@ -109,6 +109,8 @@ def test_no_layer_is_given_more_than_the_window_holds():
     slots = lococo.attach(model, heads, num_slots=40, chunk_size=chunk_size).slots_per_layer
     assert max(slots) == 80
     assert sum(slots) == 4 * 40
+    with pytest.raises(ArgumentError, match=f"^81 slots and a chunk of {chunk_size} do not fit the model's window"):
+        lococo.attach(model, heads, num_slots=81, chunk_size=chunk_size)
 
 
 def test_heads_without_memory_are_what_they_were_before_there_was_any():

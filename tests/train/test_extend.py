@@ -522,6 +522,8 @@ def test_shards_are_read_by_the_same_number_of_chunks_or_refused(tmp_path):
     with pytest.raises(DocumentError, match="or set held_out_windows to 0"):
         _check_domains(corpus, both, recipe)
     _check_domains(corpus, both, replace(recipe, held_out_windows=0))
+    with pytest.raises(DocumentError, match="domain 'short' has none of 128 tokens"):
+        _check_domains(both, both, replace(recipe, held_out_windows=0))  # few documents: all are used for both
 
 
 def test_calibration_of_more_slots_than_its_texts_have_tokens(tmp_path):

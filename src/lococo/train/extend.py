@@ -206,9 +206,10 @@ def _long_enough(corpus: Corpus, held_out: Corpus, recipe: Extension) -> tuple[C
 
 def _check_domains(corpus: Corpus, held_out: Corpus, recipe: Extension) -> None:
     """Refuse text in which some domain has no document that fills a window alone."""
-    for part, remedy in ((corpus, ""), (held_out, ", or set held_out_windows to 0")):
-        if part is held_out and not recipe.held_out_windows:
-            continue
+    read = [(corpus, "")]
+    if recipe.held_out_windows:
+        read.append((held_out, ", or set held_out_windows to 0"))
+    for part, remedy in read:
         for name, documents in part.domains.items():
             try:
                 check_longest(Corpus({name: documents}, part.tokenizer), recipe.length)

@@ -1,26 +1,18 @@
 import itertools
 import json
-import os
-import subprocess
-import sys
 from copy import deepcopy
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from families import tiny
-from one_extension import RECIPE, WORDS, Letters, corpus_in, llama, tuning, whole
+from one_extension import RECIPE, WORDS, Letters, corpus_in, llama, tuning
 from transformers import DynamicCache
 
 import lococo
-from lococo.compressors.heads import load_heads
 from lococo.errors import ArgumentError, DocumentError, FileFormatError, TrainingError
-from lococo.shares import shares
 from lococo.train import loop
-from lococo.train.data import Corpus
-from lococo.train.extend import _check_domains, extend
+from lococo.train.extend import extend
 from lococo.train.extension import Extension
 from lococo.train.long_lessons import side_by_side
 from lococo.train.packing import packed_window
@@ -349,35 +341,6 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_checkpoint(tmp_path
     assert again.step == 2
 
 
-@pytest.mark.parametrize("weights", ["whole", "shard"])
-def test_two_processes_that_are_killed_and_go_on_tune_as_one_with_accumulation(tmp_path, weights):
-    corpus_in(tmp_path / "text", WORDS, WORDS[7:])
-    whole(tmp_path / "text", tmp_path / "1")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = str(Path(__file__).with_name("one_extension.py"))
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    for killed_after in (2, 0):
-        arguments = [str(tmp_path / "text"), str(tmp_path / "2"), str(killed_after), weights]
-        command = [sys.executable, *launch, script, *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert (done.returncode != 0) == (killed_after > 0), done.stderr
-    ended = []
-    for folder in (tmp_path / "1", tmp_path / "2"):
-        files = {name: safetensors.torch.load_file(folder / name) for name in (ADAPTER, "heads/model.safetensors")}
-        losses = [float(line) for line in folder.with_suffix(".losses").read_text().split()]
-        record = json.loads((folder / RECORD).read_text())["training"]
-        ended.append((losses, {f"{file}:{n}": t for file, some in files.items() for n, t in some.items()}, record))
-    (losses, one, record), (others, two, other) = ended
-    assert losses == pytest.approx(others, rel=1e-5)
-    assert record["held_out"] == pytest.approx(other["held_out"], rel=1e-5)
-    assert record["tokens"] == other["tokens"] == 3 * 2 * 128
-    assert one.keys() == two.keys()
-    for name, tensor in one.items():
-        # A constant that is added to all weights of a merge changes nothing: that bias is moved by rounding alone.
-        if not name.endswith("out.bias"):
-            torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-5)
-
-
 def test_a_whole_tuning_goes_on_and_leaves_a_folder(tmp_path):
     corpus = corpus_in(tmp_path / "text", WORDS, WORDS[7:])
     recipe = Extension(**RECIPE)
@@ -416,34 +379,6 @@ def test_a_whole_tuning_goes_on_and_leaves_a_folder(tmp_path):
     assert figures["held_out"]["24"] < figures["held_out_before"]["24"]
     assert figures["tokens"] == 4 * 128
     assert figures["data"] == ["text"]
-
-
-def test_layers_are_given_the_shares_that_were_measured_also_by_a_tuning_that_goes_on(tmp_path, monkeypatch):
-    recipe = Extension(**RECIPE | {"calibration_windows": 3, "batch": 2, "held_out_windows": 0, "memory": 0.5})
-    corpus_in(tmp_path / "texts", WORDS, WORDS[::-1])
-    lines, steps = [], iter([False, True])
-
-    def stopped(row):
-        if next(steps, False):
-            raise KeyboardInterrupt
-
-    def tuned():
-        options = {"base": None, "data": [str(tmp_path / "texts")], "save_every": 1, "say": lines.append}
-        return extend(llama(), Letters(), recipe, tmp_path / "out", after_step=stopped, **options)
-
-    with pytest.raises(KeyboardInterrupt):
-        tuned()
-    assert sum("nats from the full cache" in line for line in lines) == 4
-    monkeypatch.setattr("lococo.train.extend.layer_weights", None)  # not measured a second time
-    figures = tuned()
-    settings = json.loads((tmp_path / "out" / "heads" / "config.json").read_text())["settings"]
-    weights = settings["budgets"]["24"]
-    assert settings["memory"] == 0.5
-    assert weights == figures["layer_weights"]
-    assert len(weights) == 4
-    assert len({*weights}) > 1
-    _, heads = load_heads(tmp_path / "out" / "heads", dict.fromkeys(range(4), 24), tiny().config.head_dim)
-    assert heads.slots_per_layer(24) == shares(weights, 24, heads.min_slots())
 
 
 def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
@@ -503,41 +438,6 @@ def test_recipes_that_cannot_be():
     ):
         with pytest.raises(ArgumentError, match=message):
             Extension(**{name: value})
-
-
-def test_one_process_has_nobody_to_share_weights_with(tmp_path):
-    with pytest.raises(ArgumentError, match="there is one; start several with torchrun"):
-        tuning(tmp_path, shard=True)
-
-
-def test_shards_are_read_by_the_same_number_of_chunks_or_refused(tmp_path):
-    short = corpus_in(tmp_path / "short", WORDS[:100]).domains[""]
-    corpus = corpus_in(tmp_path / "long", WORDS, *[WORDS[i : i + 127] for i in range(20)])
-    recipe = Extension(**RECIPE | {"shard": True})
-    for number in range(20):
-        assert [len(ids) for ids in packed_window(corpus, 0, number, length=128, begin="random", alone=True)] == [128]
-    both = Corpus({"long": corpus.domains[""], "short": short}, Letters())
-    with pytest.raises(DocumentError, match="domain 'short' has none of 128 tokens; lower length, or name longer"):
-        _check_domains(both, corpus, recipe)
-    with pytest.raises(DocumentError, match="or set held_out_windows to 0"):
-        _check_domains(corpus, both, recipe)
-    _check_domains(corpus, both, replace(recipe, held_out_windows=0))
-    with pytest.raises(DocumentError, match="domain 'short' has none of 128 tokens"):
-        _check_domains(both, both, replace(recipe, held_out_windows=0))  # few documents: all are used for both
-
-
-def test_calibration_of_more_slots_than_its_texts_have_tokens(tmp_path):
-    recipe = Extension(**RECIPE | {"calibration_windows": 1, "num_slots": 90, "length": 128})
-    corpus_in(tmp_path / "text")
-    with pytest.raises(ArgumentError, match=r"texts of up to 112 tokens .* and 90 slots and two chunks are 122"):
-        extend(
-            llama(max_position_embeddings=128),
-            Letters(),
-            recipe,
-            tmp_path / "o",
-            base=None,
-            data=[str(tmp_path / "text")],
-        )
 
 
 def test_a_tuning_of_nothing(tmp_path):

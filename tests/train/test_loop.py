@@ -206,7 +206,7 @@ def test_a_whole_training_gives_heads_that_load(tmp_path):
     assert said[0] == "measuring the layers' shares of 24 slots"
     assert said[1:7] == [f"{n} of 6 texts read with each group of layers compressed alone" for n in range(1, 7)]
     again = said.index("going on after step 2 of 4")
-    assert all(line.startswith("layers ") for line in said[7:again])
+    assert [line.partition(":")[0] for line in said[7:again]] == [f"layer {n}" for n in range(4)]
     assert said[again + 1] == "reading 4 windows to fit scores to"
     assert "looked ahead and asked for, held out: " in said[again + 2]
     assert sorted(path.name for path in (tmp_path / "heads").iterdir()) == ["config.json", "model.safetensors"]

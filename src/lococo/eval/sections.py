@@ -71,6 +71,7 @@ def sections(rows: Sequence[Row], baseline: str = FULL) -> Iterator[Section]:
         "ablations": (lambda row: "subject" in row, _ablations),
         "bench": (lambda row: "prefill_tokens_per_s" in row, _bench),
         "tuning": (lambda row: row.get("task") == "tuning-memory", _tuning),
+        "far": (lambda row: row.get("task") == "far", _far),
     }
     for rank, (belongs, made) in enumerate(kinds.values()):
         if own := [row for row in rows if belongs(row)]:
@@ -349,6 +350,28 @@ def _tuning(rows: list[Row], baseline: str) -> Section:
         "and Adam's moments."
     )
     return Section("What tuning costs", words, None, [Sheet("memory of tuning", headings, lines)])
+
+
+def _far(rows: list[Row], baseline: str) -> Section:
+    lines = []
+    for row in rows:
+        about = [
+            *_words(row["compressor"], row["device"], row["dtype"]),
+            *_wholes(row, "length", "num_slots", "chunk_size"),
+        ]
+        times = [
+            cell
+            for figure in ("read_s_per_token", "decode_s_per_token")
+            for cell in (Cell(f"{1e3 * row[figure]:.2f}", row[figure]), _between(*row["ratio"][figure]))
+        ]
+        lines.append([*about, *times, Cell(mib(row["kv_bytes"]), row["kv_bytes"])])
+    headings = ["compressor", "device", "weights", "tokens before", "slots", "chunk", "ms per token read"]
+    headings += ["times the first line's", "ms per token decoded", "times the first line's", "keys and values"]
+    words = (
+        f"The same {rows[0]['tokens']:,} tokens read on behind each length of one text, the lengths taking turns; "
+        f"medians of {rows[0]['rounds']} rounds, and of the ratios within each round with 95 % intervals."
+    )
+    return Section("What is far away costs", words, None, [Sheet("time per token", headings, lines)])
 
 
 def _of_roofline(row: Row, name: str) -> Cell:

@@ -143,7 +143,7 @@ def test_time_behind_long_texts_is_shown_with_its_ratio():
     [[*_, tokens, slots, chunk, read, read_ratio, decoded, decoded_ratio, kv]] = section.sheets[0].lines
     assert [cell.text for cell in (tokens, slots, chunk)] == ["65,536", "512", "512"]
     assert [cell.text for cell in (read, read_ratio)] == ["5.00", "1.010 (0.990 to 1.020)"]
-    assert [cell.text for cell in (decoded, decoded_ratio, kv)] == ["100.00", "1.000", "1 MiB"]
+    assert [cell.text for cell in (decoded, decoded_ratio, kv)] == ["100.00", "1.000", "1.0 MiB"]
 
 
 def test_few_documents_have_no_interval():

@@ -356,7 +356,7 @@ def _far(rows: list[Row], baseline: str) -> Section:
     lines = []
     for row in rows:
         about = [
-            *_words(row["compressor"], row["device"], row["dtype"]),
+            *_words(row["model"] or "the default", row["compressor"], row["device"], row["dtype"]),
             *_wholes(row, "length", "num_slots", "chunk_size"),
         ]
         times = [
@@ -365,13 +365,13 @@ def _far(rows: list[Row], baseline: str) -> Section:
             for cell in (Cell(f"{1e3 * row[figure]:.2f}", row[figure]), _between(*row["ratio"][figure]))
         ]
         lines.append([*about, *times, Cell(mib(row["kv_bytes"]), row["kv_bytes"])])
-    headings = ["compressor", "device", "weights", "tokens before", "slots", "chunk", "ms per token read"]
+    headings = ["model", "compressor", "device", "weights", "tokens before", "slots", "chunk", "ms per token read"]
     headings += ["times the first line's", "ms per token decoded", "times the first line's", "keys and values"]
     words = (
         f"The same {rows[0]['tokens']:,} tokens read on behind each length of one text, the lengths taking turns; "
         f"medians of {rows[0]['rounds']} rounds, and of the ratios within each round with 95 % intervals."
     )
-    return Section("What is far away costs", words, None, [Sheet("time per token", headings, lines)])
+    return Section("What a long text before costs", words, None, [Sheet("time per token", headings, lines)])
 
 
 def _of_roofline(row: Row, name: str) -> Cell:

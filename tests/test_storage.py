@@ -52,7 +52,7 @@ def test_what_was_remembered_goes_on_too(tmp_path):
         assert torch.equal(model(more, past_key_values=context.cache).logits, model(more, past_key_values=cache).logits)
     with (
         lococo.attach(model, forgetful, num_slots=40, chunk_size=16) as slots,
-        pytest.raises(FileFormatError, match="remembered"),
+        pytest.raises(FileFormatError, match=r"slots by queries and remembered \(here: queries\)"),
     ):
         lococo.load_context(path, slots, tokenizer())
 

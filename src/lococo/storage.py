@@ -29,6 +29,9 @@ from lococo.state_layer import STATES, has_state, is_state, restore_states, stat
 FORMAT_VERSION = 1
 KEY = "lococo_context"
 
+# What compressors may observe of a text, beside what every slot has.
+OBSERVED = frozenset({"mass", "remembered", "queries"})
+
 
 @dataclass(frozen=True)
 class ContextInfo:
@@ -238,6 +241,7 @@ def load_context(path: str | os.PathLike[str], attachment: Attachment, tokenizer
     assert isinstance(cache, SlotCache)
     try:
         tensors = safetensors.torch.load_file(path)
+        _check_observed(path, cache, tensors)
         for name in ROW_STATE:
             setattr(cache.rows, name, header["rows"][name])
         for i, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
@@ -264,6 +268,18 @@ def _check_settings(path: Path, header: dict[str, Any], cache: Any) -> None:
     if differing:
         said = "; ".join(f"{name}: {theirs[name]} in the file, {ours[name]} here" for name in differing)
         raise FileFormatError(f"{path} was made with other settings ({said}); attach with those of the file")
+
+
+def _check_observed(path: Path, cache: SlotCache, tensors: dict[str, Tensor]) -> None:
+    """Refuse a file of heads of the same name that choose slots by something else."""
+    theirs = sorted(OBSERVED & {name.partition(".")[2] for name in tensors})
+    ours = sorted(OBSERVED & cache.compressor.observes)
+    if theirs != ours and cache.slot_layers:
+        raise FileFormatError(
+            f"{path} was made by another {cache.compressor.name}, which chooses slots by "
+            f"{' and '.join(theirs) or 'nothing'} (here: {' and '.join(ours) or 'nothing'}); "
+            "load it with the heads that read the text"
+        )
 
 
 def _restore_layer(
@@ -311,9 +327,7 @@ def _check_layer(i: int, layer: SlotLayer, own: dict[str, Tensor]) -> None:
     batch = len(layer.rows.tokens)
     if len(layer.held) != batch or not all(0 <= held <= layer.num_slots for held in layer.held):
         raise ValueError(f"layer {i} holds {layer.held} slots")
-    needed = {"keys", "values", "positions", "log_mass", "token_index"} | (
-        layer.compressor.observes & {"mass", "remembered", "queries"}
-    )
+    needed = {"keys", "values", "positions", "log_mass", "token_index"} | (OBSERVED & layer.compressor.observes)
     if needed != own.keys():
         raise ValueError(f"layer {i} has {sorted(own)}, expected {sorted(needed)}")
     heads, width = own["keys"].shape[1], max(layer.filled)

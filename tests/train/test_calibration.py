@@ -51,3 +51,4 @@ def test_calibration_of_more_slots_than_its_texts_have_tokens(tmp_path):
             base=None,
             data=[str(tmp_path / "text")],
         )
+    assert not (tmp_path / "o").exists()

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -81,6 +81,7 @@ def extend(
         say("too few long documents to keep some apart: what is called held out is what is tuned on")
     checkpoint, described = output / CHECKPOINT, base_of(model, base)
     training, tuning = tuning_of(model if recipe.shard else placed(model), corpus, recipe)
+    calibrated = _calibration_length(model, tuning, recipe)
     output.mkdir(parents=True, exist_ok=True)
     apart_lessons = LongLessons(model, tuning.compressor, held_out, replace(recipe, batch=1))
     resumed = checkpoint.exists()
@@ -88,7 +89,8 @@ def extend(
         training.load(checkpoint)
         say(f"going on after step {training.step} of {recipe.steps}")
     training.check_agreement()  # before processes wait for each other over what only some of them do
-    _share_out(training, tuning, corpus, recipe, say)
+    if calibrated is not None:
+        _share_out(training, tuning, corpus, recipe, calibrated, say)
     if not resumed:
         training.notes["held_out_before"] = _measured(training, apart_lessons, recipe)
         training.save(checkpoint)
@@ -139,29 +141,34 @@ def tuning_of(model: PreTrainedModel, corpus: Corpus, recipe: Extension) -> tupl
     return Training(lessons, Trained(tuning.heads, tuning.groups), recipe, belongs_to), tuning
 
 
+def _calibration_length(model: PreTrainedModel, tuning: Tuning, recipe: Extension) -> int | None:
+    """Return how long the texts are on which the layers' shares are measured; None where they are not measured."""
+    if not recipe.calibration_windows or not isinstance(tuning.heads, LearnedHeads):
+        return None
+    # The full cache, which is compared with, knows no more positions than the window's.
+    most = min(recipe.length, CALIBRATED_TOKENS, (window_of(model) or recipe.length) - recipe.chunk_size)
+    if most < (least := recipe.num_slots + 2 * recipe.chunk_size):
+        raise ArgumentError(
+            f"calibration compares texts of up to {most} tokens with the full cache, and {recipe.num_slots} slots "
+            f"and two chunks are {least}; lower num_slots or chunk_size, or set calibration_windows to 0"
+        )
+    return most
+
+
 def _share_out(
-    training: Training, tuning: Tuning, corpus: Corpus, recipe: Extension, say: Callable[[str], None]
+    training: Training, tuning: Tuning, corpus: Corpus, recipe: Extension, length: int, say: Callable[[str], None]
 ) -> None:
     """Give the heads the layers' weights, measured now or by the run that this one goes on with."""
-    heads, model = tuning.heads, training.lessons.model
-    if not recipe.calibration_windows or not isinstance(heads, LearnedHeads):
-        return
+    heads = cast(LearnedHeads, tuning.heads)
     if WEIGHTS not in training.notes:
         say(f"measuring which layers need their share of {recipe.num_slots} slots")
-        # The full cache, which is compared with, knows no more positions than the window's.
-        most = min(recipe.length, CALIBRATED_TOKENS, (window_of(model) or recipe.length) - recipe.chunk_size)
-        if most < (least := recipe.num_slots + 2 * recipe.chunk_size):
-            raise ArgumentError(
-                f"calibration compares texts of up to {most} tokens with the full cache, and {recipe.num_slots} slots "
-                f"and two chunks are {least}; lower num_slots or chunk_size, or set calibration_windows to 0"
-            )
         weights = layer_weights(
-            model,
+            training.lessons.model,
             heads,
             corpus,
             num_slots=recipe.num_slots,
             chunk_size=recipe.chunk_size,
-            length=most,
+            length=length,
             windows=recipe.calibration_windows,
             batch=recipe.batch,
             power=LOSS_FALLS,

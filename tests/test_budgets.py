@@ -11,7 +11,7 @@ from lococo.errors import ArgumentError
 
 
 def test_shares_keep_the_total_and_the_least():
-    assert shares([1, 1, 2], 8, least=2) == [6, 6, 12] or sum(shares([1, 1, 2], 8, least=2)) == 24
+    assert shares([1, 1, 2], 8, least=2) == [7, 6, 11]
     for weights in ([0, 0, 1], [3, 1, 0.1, 7], [1] * 7):
         slots = shares(weights, 20, least=5)
         assert sum(slots) == 20 * len(weights)
@@ -41,6 +41,10 @@ def test_pyramid_falls_from_three_halves_to_one_half():
     slots = lococo.slots_for(tiny(), None, "pyramid", compressor="snapkv", num_slots=34, chunk_size=16)
     assert sum(slots) == 4 * 34
     assert min(slots) == 33
+    # nor more than fits the window of 1,024
+    slots = lococo.slots_for(tiny(), None, "pyramid", compressor="h2o", num_slots=900, chunk_size=64)
+    assert sum(slots) == 4 * 900
+    assert max(slots) == 960
 
 
 def test_calibration_gives_the_sensitive_layers_more(monkeypatch):
@@ -104,5 +108,17 @@ def test_a_calibration_is_done_once(monkeypatch, tmp_path):
 
 
 def test_a_text_too_short_to_calibrate_on():
-    with pytest.raises(ArgumentError, match="more than num_slots"):
-        calibrated(tiny(), torch.zeros(1, 30, dtype=torch.long), compressor="h2o", num_slots=20, chunk_size=16)
+    options = {"compressor": "h2o", "num_slots": 20}
+    with pytest.raises(ArgumentError, match="20 slots and chunks of 16 needs a text of more than 36 tokens, got 36"):
+        calibrated(tiny(), tokens(1, 36), chunk_size=16, **options)
+    # More than slots and chunk, but no token of it would be compared.
+    with pytest.raises(ArgumentError, match="needs a text of more than 68 tokens, got 60"):
+        calibrated(tiny(), tokens(1, 60), chunk_size=32, **options)
+    assert sum(calibrated(tiny(), tokens(1, 69), chunk_size=32, **options)) == 80
+
+
+def test_a_window_too_small_to_calibrate_in(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCOCO_CACHE", str(tmp_path))
+    with pytest.raises(ArgumentError, match="on more than 804 tokens, and the model's window has room for 624; lower"):
+        lococo.slots_for(tiny(), None, "calibrated", compressor="h2o", num_slots=20, chunk_size=400)
+    assert list(tmp_path.iterdir()) == []

@@ -11,12 +11,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "train"))
 
-from commands import WORDS, tokenizer_of
+from commands import SLOTS, WORDS, refused, tokenizer_of
 from families import SMALL
 from one_extension import RECIPE, corpus_in
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lococo
+from lococo import cli
 from lococo.attachment import window_of
 from lococo.compressors import modules
 from lococo.errors import ArgumentError, FileFormatError, ModelError
@@ -230,6 +231,44 @@ def test_damaged_folders(made, tmp_path):
     (tuned / RECORD).write_text("{}")
     with pytest.raises(FileFormatError, match="no readable record"):
         lococo.load_model(tuned)
+
+
+def test_a_context_moves_with_the_model_that_was_tuned(made, tmp_path):
+    folder, _ = made
+    first, second = (Path(shutil.copytree(folder / "tuned", tmp_path / name)) for name in ("here", "there"))
+    words = [*SLOTS, "--model"]
+    (tmp_path / "book.txt").write_text(WORDS * 5)
+    context = tmp_path / "ctx.safetensors"
+    assert cli.main(["compress", str(tmp_path / "book.txt"), "-o", str(context), *words, str(first)]) == 0
+    assert lococo.describe_context(context).compressor == "auto"
+    assert str(tmp_path).encode() not in context.read_bytes()
+    shutil.rmtree(first)
+    assert cli.main(["ask", str(context), "Who?", "--max-new-tokens", "3", "--model", str(second)]) == 0
+    changed = safetensors.torch.load_file(second / "heads" / "model.safetensors")
+    safetensors.torch.save_file(
+        {name: tensor + 1 for name, tensor in changed.items()}, second / "heads" / "model.safetensors"
+    )
+    model, tokenizer = lococo.load_model(second)
+    with (
+        lococo.attach(model, num_slots=32, chunk_size=16) as slots,
+        pytest.raises(FileFormatError, match=r"other settings \(heads: \w+ in the file, \w+ here\)"),
+    ):
+        lococo.load_context(context, slots, tokenizer)
+
+
+def test_heads_in_a_folder_that_moved_are_asked_for(made, tmp_path, capsys):
+    folder, _ = made
+    heads, moved = tmp_path / "heads", tmp_path / "moved"
+    shutil.copytree(folder / "tuned" / "heads", heads)
+    (tmp_path / "book.txt").write_text(WORDS * 5)
+    context, base = str(tmp_path / "ctx.safetensors"), ["--model", str(folder / "base")]
+    read = ["compress", str(tmp_path / "book.txt"), "-o", context, "--compressor", str(heads)]
+    assert cli.main([*read, *SLOTS, *base]) == 0
+    heads.rename(moved)
+    capsys.readouterr()
+    asked = ["ask", context, "Who?", *base]
+    assert f"made with the heads in {heads}, where there are none; say with --heads-folder" in refused(asked, capsys)
+    assert cli.main([*asked, "--heads-folder", str(moved), "--max-new-tokens", "3"]) == 0
 
 
 def test_models_that_come_with_the_package_are_small_and_known_by_name():

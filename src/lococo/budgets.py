@@ -30,6 +30,9 @@ BUDGETS = ("own", "uniform", "pyramid", "calibrated")
 GROUPS = 6
 CALIBRATION_TOKENS = 2048
 
+# Tokens whose predictions are compared: the whole vocabulary of every token would not fit in memory.
+COMPARED_EVERY = 4
+
 
 def slots_for(
     model: PreTrainedModel,
@@ -62,8 +65,9 @@ def slots_for(
         return attach(model, compressor, num_slots=num_slots, chunk_size=chunk_size).slots_per_layer
     if budget == "uniform":
         return [num_slots] * layers
+    most = None if (window := window_of(model)) is None else window - chunk_size
     if budget == "pyramid":
-        return pyramid(layers, num_slots, least=_least(model, compressor, num_slots))
+        return pyramid(layers, num_slots, least=_least(model, compressor, num_slots), most=most)
     if budget != "calibrated":
         raise ArgumentError(f"unknown budget {budget!r}; expected one of {', '.join(BUDGETS)}")
     key = attach(model, compressor, num_slots=num_slots, chunk_size=chunk_size).fingerprint()
@@ -71,8 +75,12 @@ def slots_for(
     with contextlib.suppress(OSError, ValueError, TypeError):  # absent, or damaged: measured again
         return [int(slots) for slots in json.loads(file.read_text("utf-8"))]
     length = max(CALIBRATION_TOKENS, 2 * (num_slots + chunk_size))
-    if (window := window_of(model)) is not None:
-        length = min(length, window - chunk_size)
+    if most is not None and (length := min(length, most)) <= (least := _too_short(num_slots, chunk_size)):
+        raise ArgumentError(
+            f"calibration compares {num_slots} slots and chunks of {chunk_size} with the full cache on more than "
+            f"{least} tokens, and the model's window has room for {most}; lower num_slots or chunk_size, or take "
+            "another budget"
+        )
     ids: list[int] = []
     for piece in encode_stream(tokenizer, [demo_text()]):
         ids += piece
@@ -84,6 +92,7 @@ def slots_for(
         compressor=compressor,
         num_slots=num_slots,
         chunk_size=chunk_size,
+        most=most,
         progress=progress,
     )
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -91,10 +100,10 @@ def slots_for(
     return budgets
 
 
-def pyramid(layers: int, num_slots: int, least: int = 1) -> list[int]:
-    """Return slots that fall evenly, beyond `least` in each, to a third of that in the last layer."""
+def pyramid(layers: int, num_slots: int, least: int = 1, most: int | None = None) -> list[int]:
+    """Return slots that fall evenly, beyond `least` in each, to a third of that in the last layer; see `shares`."""
     weights = [1.5 - i / max(1, layers - 1) for i in range(layers)]
-    return shares(weights, num_slots, least)
+    return shares(weights, num_slots, least, most)
 
 
 def calibrated(
@@ -105,17 +114,19 @@ def calibrated(
     num_slots: int,
     chunk_size: int,
     groups: int = GROUPS,
+    most: int | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> list[int]:
     """Measure how much each group of layers needs its slots, and share them out.
 
     Args:
         model: Not attached.
-        ids: A short text, (1 n), of more than num_slots + chunk_size tokens.
+        ids: A short text, (1 n), of more than num_slots + chunk_size and than two chunks and a few tokens.
         compressor: Name of the compressor.
         num_slots: Mean over the layers.
         chunk_size: Tokens per forward pass.
         groups: Neighbouring layers are measured together, in so many groups.
+        most: Slots that a layer gets at most, see `shares`.
         progress: Called with a line for each group.
 
     Returns:
@@ -130,7 +141,12 @@ def calibrated(
         groups=groups,
         progress=progress,
     )
-    return shares(weights, num_slots, _least(model, compressor, num_slots))
+    return shares(weights, num_slots, _least(model, compressor, num_slots), most)
+
+
+def _too_short(num_slots: int, chunk_size: int) -> int:
+    """Return how many tokens are not enough: some have to be behind a compression, and some be compared."""
+    return max(num_slots + chunk_size, 2 * chunk_size + COMPARED_EVERY)
 
 
 def calibration_weights(
@@ -152,7 +168,7 @@ def calibration_weights(
 
     Args:
         model: Not attached.
-        windows: Texts, (b n) each, of more than num_slots + chunk_size tokens.
+        windows: Texts, (b n) each, as long as `calibrated` needs them.
         compressor: See `calibrated`.
         num_slots: See `calibrated`.
         chunk_size: See `calibrated`.
@@ -163,14 +179,14 @@ def calibration_weights(
     layers = len(slot_layer_indices(model))
     bounds = [round(layers * i / min(groups, layers)) for i in range(min(groups, layers) + 1)]
     shortest = min(ids.shape[1] for ids in windows)
-    if shortest <= num_slots + chunk_size:
+    if shortest <= (least := _too_short(num_slots, chunk_size)):
         raise ArgumentError(
-            f"calibration needs a text of more than num_slots + chunk_size = {num_slots + chunk_size} tokens, "
+            f"calibration of {num_slots} slots and chunks of {chunk_size} needs a text of more than {least} tokens, "
             f"got {shortest}"
         )
-    sums, count = [0.0] * (len(bounds) - 1), 0
+    sums, count, texts = [0.0] * (len(bounds) - 1), 0, 0
     with _in_float32(model):
-        for number, ids in enumerate(windows, 1):
+        for ids in windows:
             length = ids.shape[1]
             whole = _predictions(model, ids, compressor, [length] * layers, chunk_size)
             full = torch.cat([said.cpu() for said in whole], 1)  # of all tokens a GPU may have no room for
@@ -182,8 +198,10 @@ def calibration_weights(
                     theirs = full[:, seen : seen + said.shape[1]].to(said.device)
                     sums[group] += (theirs.exp() * (theirs - said)).sum().item()
                     seen += said.shape[1]
+            texts += ids.shape[0]
             if progress is not None and len(windows) > 1:
-                progress(f"{number} of {len(windows)} texts read with each group of layers compressed alone")
+                all_texts = sum(each.shape[0] for each in windows)
+                progress(f"{texts} of {all_texts} texts read with each group of layers compressed alone")
     sensitivity: list[float] = []
     for total, (first, last) in zip(sums, pairwise(bounds), strict=True):
         sensitivity += [max(total / count, 0.0) / (last - first)] * (last - first)
@@ -214,10 +232,6 @@ def _least(model: PreTrainedModel, compressor: str, num_slots: int) -> int:
     """Return the smallest number of slots that a layer can be given."""
     attached = attach(model, compressor, num_slots=num_slots, chunk_size=1)
     return 1 if attached.compressor is None else attached.compressor.min_slots()
-
-
-# Tokens whose predictions are compared: the whole vocabulary of every token would not fit in memory.
-COMPARED_EVERY = 4
 
 
 @torch.no_grad()

@@ -154,10 +154,23 @@ def opened(
 
 @contextlib.contextmanager
 def resumed(
-    path: Path, using: ModelOptions, *, compiled: bool = False
+    path: Path, using: ModelOptions, *, heads_folder: str | None = None, compiled: bool = False
 ) -> Iterator[tuple[Session, SlotCache, "torch.Tensor", ContextInfo]]:
-    """Load a context with the model and settings it was made with; yield the session, cache, token ids and header."""
+    """Load a context with the model and settings it was made with; yield the session, cache, token ids and header.
+
+    Args:
+        path: The context.
+        using: The model, where it is not under the name it had.
+        heads_folder: Of the heads, where it is not the one it was.
+        compiled: Compile decoding.
+    """
     info = describe_context(path)
+    compressor = info.compressor if heads_folder is None else str(Path(heads_folder).expanduser())
+    if compressors.lies_in_a_folder(compressor) and not Path(compressor).is_dir():
+        raise FileFormatError(
+            f"{path} was made with the heads in {compressor}, where there are none; "
+            "say with --heads-folder where they are"
+        )
     model, tokenizer = _load_named(info, using)
     theirs, ours = len(info.slots_per_layer), len(slot_layer_indices(model))
     if theirs != ours:  # load_context compares the rest
@@ -167,7 +180,7 @@ def resumed(
         )
     attachment = attach(
         model,
-        info.compressor,
+        compressor,
         num_slots=max(1, sum(info.slots_per_layer) // len(info.slots_per_layer)),
         chunk_size=info.chunk_size,
         positions=info.positions,  # type: ignore[arg-type]

@@ -17,20 +17,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lococo import compressors
 from lococo.atomic import write_atomically
 from lococo.attachment import Attachment
 from lococo.cache import SlotCache
+from lococo.compressors import Compressor
 from lococo.errors import DocumentError, FileFormatError
 from lococo.facts import ModelFacts, weights_fingerprint
 from lococo.models import tokenizer_fingerprint
 from lococo.slot_layer import SlotLayer
 from lococo.state_layer import STATES, has_state, is_state, restore_states, states_of
+from lococo.tuned import TUNED_FOR
 
 FORMAT_VERSION = 1
 KEY = "lococo_context"
-
-# What compressors may observe of a text, beside what every slot has.
-OBSERVED = frozenset({"mass", "remembered", "queries"})
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def save_context(
         "facts": ModelFacts.of(model).to_dict(),
         "weights": weights_fingerprint(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
-        "compressor": cache.compressor.name,
+        "compressor": _called(cache.compressor, model),
+        "heads": compressors.fingerprint(cache.compressor),
         "slots_per_layer": cache.slots_per_layer,
         "chunk_size": cache.chunk_size,
         "positions": cache.positions,
@@ -117,12 +118,21 @@ def save_context(
     write_atomically(Path(path), safetensors.torch.save(tensors, metadata={KEY: json.dumps(header)}))
 
 
+def _called(compressor: Compressor, model: PreTrainedModel) -> str:
+    """Return the name by which `attach` finds a compressor again: heads that a model was tuned with move with it."""
+    tuned_for = getattr(model, TUNED_FOR, None)
+    if tuned_for is not None and compressors.lies_in_a_folder(compressor.name):
+        return "auto" if Path(tuned_for).resolve() == Path(compressor.name) else compressor.name
+    return compressor.name
+
+
 # What a header holds beside its version, and of which kind.
 FIELDS: dict[str, type] = {
     "facts": dict,
     "weights": str,
     "tokenizer": str,
     "compressor": str,
+    "heads": str,
     "slots_per_layer": list,
     "chunk_size": int,
     "positions": str,
@@ -187,6 +197,7 @@ def _header(path: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise FileFormatError(f"{path} has format version {version}, this lococo reads {FORMAT_VERSION}; update lococo")
     wrong = [name for name, kind in FIELDS.items() if not isinstance(header.get(name), kind)]
+    wrong += [] if wrong or isinstance(header["facts"].get("model"), str) else ["facts"]
     wrong += [] if wrong else _wrong_numbers(header)
     if wrong:
         raise FileFormatError(f"{path} is damaged: its header is wrong about {', '.join(wrong)}; make it again")
@@ -237,11 +248,10 @@ def load_context(path: str | os.PathLike[str], attachment: Attachment, tokenizer
             "load the model with the tokenizer that came with it"
         )
     cache = attachment.new_cache()
-    _check_settings(path, header, cache)
+    _check_settings(path, header, cache, attachment.model)
     assert isinstance(cache, SlotCache)
     try:
         tensors = safetensors.torch.load_file(path)
-        _check_observed(path, cache, tensors)
         for name in ROW_STATE:
             setattr(cache.rows, name, header["rows"][name])
         for i, (layer, state) in enumerate(zip(cache.layers, header["layers"], strict=True)):
@@ -259,27 +269,21 @@ def load_context(path: str | os.PathLike[str], attachment: Attachment, tokenizer
         raise FileFormatError(f"{path} is damaged ({error}); make it again with `lococo compress`") from error
 
 
-def _check_settings(path: Path, header: dict[str, Any], cache: Any) -> None:
-    names = ("slots_per_layer", "chunk_size", "positions")
-    theirs = {name: header[name] for name in names} | {"compressor": header["compressor"]}
-    ours: dict[str, Any] = {name: getattr(cache, name, None) for name in names}
-    ours["compressor"] = cache.compressor.name if isinstance(cache, SlotCache) else "full"
+def _check_settings(path: Path, header: dict[str, Any], cache: Any, model: PreTrainedModel) -> None:
+    settings = ("slots_per_layer", "chunk_size", "positions")
+    theirs = {name: header[name] for name in ("compressor", "heads", *settings)}
+    compressor = cache.compressor if isinstance(cache, SlotCache) else None
+    ours: dict[str, Any] = {
+        "compressor": "full" if compressor is None else _called(compressor, model),
+        "heads": "" if compressor is None else compressors.fingerprint(compressor),
+        **{name: getattr(cache, name, None) for name in settings},
+    }
     differing = [name for name in theirs if theirs[name] != ours[name]]
+    if ours["heads"] and "heads" not in differing:  # the same, wherever they lie
+        differing = [name for name in differing if name != "compressor"]
     if differing:
         said = "; ".join(f"{name}: {theirs[name]} in the file, {ours[name]} here" for name in differing)
         raise FileFormatError(f"{path} was made with other settings ({said}); attach with those of the file")
-
-
-def _check_observed(path: Path, cache: SlotCache, tensors: dict[str, Tensor]) -> None:
-    """Refuse a file of heads of the same name that choose slots by something else."""
-    theirs = sorted(OBSERVED & {name.partition(".")[2] for name in tensors})
-    ours = sorted(OBSERVED & cache.compressor.observes)
-    if theirs != ours and cache.slot_layers:
-        raise FileFormatError(
-            f"{path} was made by another {cache.compressor.name}, which chooses slots by "
-            f"{' and '.join(theirs) or 'nothing'} (here: {' and '.join(ours) or 'nothing'}); "
-            "load it with the heads that read the text"
-        )
 
 
 def _restore_layer(
@@ -327,7 +331,9 @@ def _check_layer(i: int, layer: SlotLayer, own: dict[str, Tensor]) -> None:
     batch = len(layer.rows.tokens)
     if len(layer.held) != batch or not all(0 <= held <= layer.num_slots for held in layer.held):
         raise ValueError(f"layer {i} holds {layer.held} slots")
-    needed = {"keys", "values", "positions", "log_mass", "token_index"} | (OBSERVED & layer.compressor.observes)
+    needed = {"keys", "values", "positions", "log_mass", "token_index"} | (
+        layer.compressor.observes & {"mass", "remembered", "queries"}
+    )
     if needed != own.keys():
         raise ValueError(f"layer {i} has {sorted(own)}, expected {sorted(needed)}")
     heads, width = own["keys"].shape[1], max(layer.filled)

@@ -97,12 +97,21 @@ def compress(
         print(jsonlib.dumps(result))
 
 
-def ask(context: str, question: str, *, model: ModelOptions, answer: AnswerOptions, json: bool = False) -> None:
+def ask(
+    context: str,
+    question: str,
+    *,
+    heads_folder: str | None = None,
+    model: ModelOptions,
+    answer: AnswerOptions,
+    json: bool = False,
+) -> None:
     """Answer a question from a context; the file itself stays as it is.
 
     Args:
         context: A file that `lococo compress` wrote; its model and settings are used.
         question: The question.
+        heads_folder: Of the heads it was made with, if not the one it was.
         model: Where the model is, if not under the name it had.
         answer: How the answer is written.
         json: Print one JSON object on stdout at the end, and everything else on stderr.
@@ -112,18 +121,26 @@ def ask(context: str, question: str, *, model: ModelOptions, answer: AnswerOptio
     check_exists(path, CONTEXT)
     from lococo.session import resumed
 
-    with resumed(path, model, compiled=answer.compiled) as (session, cache, token_ids, _):
+    with resumed(path, model, heads_folder=heads_folder, compiled=answer.compiled) as (session, cache, token_ids, _):
         result = session.figures(cache, len(token_ids))
         result["answer"] = _streamed(session.answer(cache, question, answer), human(json))
     if json:
         print(jsonlib.dumps(result))
 
 
-def chat(*, context: str | None = None, model: ModelOptions, slots: SlotOptions, answer: AnswerOptions) -> None:
+def chat(
+    *,
+    context: str | None = None,
+    heads_folder: str | None = None,
+    model: ModelOptions,
+    slots: SlotOptions,
+    answer: AnswerOptions,
+) -> None:
     """Talk without end at constant memory; /stats shows the figures, /quit leaves.
 
     Args:
         context: Begin from a file that `lococo compress` wrote, with its settings instead of those below.
+        heads_folder: Of the heads that file was made with, if not the one it was.
         model: Which model talks.
         slots: What the conversation is read into.
         answer: How answers are written.
@@ -138,7 +155,7 @@ def chat(*, context: str | None = None, model: ModelOptions, slots: SlotOptions,
         with opened(model, slots, compiled=answer.compiled) as session:
             talk(session, session.slots.new_cache(), answer, after="opening")
     else:
-        with resumed(path, model, compiled=answer.compiled) as (session, cache, _, _):
+        with resumed(path, model, heads_folder=heads_folder, compiled=answer.compiled) as (session, cache, _, _):
             talk(session, cache, answer, after="document")
 
 
@@ -148,6 +165,7 @@ def inspect(
     picture: str | None = None,
     layer: int | None = None,
     head: int | None = None,
+    heads_folder: str | None = None,
     model: ModelOptions,
     json: bool = False,
 ) -> None:
@@ -158,6 +176,7 @@ def inspect(
         picture: The SVG file to write; beside the context by default.
         layer: List the kept tokens of one head of this layer, in order.
         head: The key/value head to list; 0 by default.
+        heads_folder: Of the heads it was made with, if not the one it was.
         model: Where the model is, if not under the name it had.
         json: Print one JSON object on stdout at the end, and everything else on stderr.
     """
@@ -171,7 +190,7 @@ def inspect(
 
     if layer is None:
         inspect_context.check_picture(target)
-    with resumed(path, model) as (session, cache, token_ids, info):
+    with resumed(path, model, heads_folder=heads_folder) as (session, cache, token_ids, info):
         kept = inspect_context.kept_of(cache)
     ids = token_ids.tolist()
     if layer is not None:

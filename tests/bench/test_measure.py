@@ -208,6 +208,13 @@ def test_exact_memory_reaches_the_allocator(monkeypatch):
     assert asked == [None, "131072"]
 
 
+def test_a_process_that_was_killed_is_not_explained_by_what_it_said_last(monkeypatch):
+    killed = subprocess.CompletedProcess([], -9, stdout="", stderr="UserWarning: something else\n")
+    monkeypatch.setattr(measure.subprocess, "run", lambda command, **options: killed)
+    with pytest.raises(LococoError, match="killed by signal 9"):
+        measure.measure_in_new_process(Setting("full", 10), [1] * 10)
+
+
 def test_the_peak_is_of_what_came_after_the_reset():
     if not sys.platform.startswith("linux"):
         pytest.skip("peaks are reset through Linux's /proc")

@@ -140,8 +140,11 @@ def test_time_behind_long_texts_is_shown_with_its_ratio():
     figures = {"read_s_per_token": 0.005, "decode_s_per_token": 0.1, "kv_bytes": 2**20, "tokens": 2048, "rounds": 15}
     ratio = {"read_s_per_token": [1.01, 0.99, 1.02], "decode_s_per_token": [1.0, None, None]}
     [section] = sections.sections([about | figures | {"length": 65536, "chunk_size": 512, "ratio": ratio}])
-    [[model, *_, tokens, slots, chunk, read, read_ratio, decoded, decoded_ratio, kv]] = section.sheets[0].lines
+    [[model, *_, tokens, slots, chunk, more, rounds, read, read_ratio, decoded, decoded_ratio, kv]] = section.sheets[
+        0
+    ].lines
     assert [cell.text for cell in (model, tokens, slots, chunk)] == ["the default", "65,536", "512", "512"]
+    assert [cell.text for cell in (more, rounds)] == ["2,048", "15"]
     assert [cell.text for cell in (read, read_ratio)] == ["5.00", "1.010 (0.990 to 1.020)"]
     assert [cell.text for cell in (decoded, decoded_ratio, kv)] == ["100.00", "1.000", "1.0 MiB"]
 

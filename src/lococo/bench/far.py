@@ -49,17 +49,22 @@ def behind(
         for place in range(len(caches)):
             which = (turn + place) % len(caches)
             cache = fork(caches[which])
-            times = [time.perf_counter()]
+            times = [_now(model)]
             for ids in (follows, *follows[:, :decode_tokens].split(1, 1)):
                 prefill(model, ids, cache)
-                if model.device.type == "cuda":
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter())
+                times.append(_now(model))
             read, *steps = [after - before for before, after in pairwise(times)]
             if turn >= 0:  # in the first one all code runs for the first time
                 own = {"read_s_per_token": read / follows.shape[1], "decode_s_per_token": median(steps)}
                 seconds[which].append(own)
     return seconds
+
+
+def _now(model: PreTrainedModel) -> float:
+    """Return the time at which all that was asked of the model's device is done."""
+    if model.device.type != "cpu":
+        torch.accelerator.synchronize(model.device)
+    return time.perf_counter()
 
 
 def compared(own: list[Row], first: list[Row]) -> Row:
@@ -116,7 +121,8 @@ def main(
     ids = torch.tensor(beginnings(model, [str(Path(text).expanduser())], max(lengths[-1], tokens)))
     loaded, _ = load_model(model, dtype=dtype, device=device)
     about: Row = {"task": "far", "model": model, "compressor": compressor, "num_slots": num_slots}
-    about |= {"chunk_size": chunk_size, "dtype": dtype, "device": device or "cpu", "tokens": tokens, "rounds": rounds}
+    about |= {"chunk_size": chunk_size, "dtype": dtype, "device": device or "cpu", "tokens": tokens}
+    about |= {"decode_tokens": decode_tokens, "rounds": rounds}
     with (
         results_file(output_file(json)) as results,
         attach(loaded, compressor, num_slots=num_slots, chunk_size=chunk_size) as slots,

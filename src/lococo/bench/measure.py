@@ -199,7 +199,7 @@ def in_new_process(what: str, asked: Row, *, python: Path | None = None, exact_m
     """Run `main` in a fresh process, and return the figures that it prints.
 
     Raises:
-        LococoError: If it fails; the message is the process's last line.
+        LococoError: If it fails; the message is the process's last line, or the signal that killed it.
     """
     # Read by glibc when a process starts: from this size on, memory is mapped piece by piece.
     exact = {"MALLOC_MMAP_THRESHOLD_": str(128 << 10)} if exact_memory else {}
@@ -211,6 +211,8 @@ def in_new_process(what: str, asked: Row, *, python: Path | None = None, exact_m
         check=False,
         env=os.environ | exact,
     )
+    if process.returncode < 0:  # what it said last is no reason
+        raise LococoError(f"killed by signal {-process.returncode}, for want of memory perhaps")
     if process.returncode != 0:
         last = process.stderr.strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
         raise LococoError(last[0])

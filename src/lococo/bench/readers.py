@@ -1,7 +1,7 @@
 """Ways of reading a text that are measured against each other: slots, and what one would use in their place.
 
 Each is opened in a process of its own (`measure.py`). kvpress lives in an environment of its own too, where of lococo
-only this file and the two that call it are imported: nothing at the top of them may import torch or transformers.
+only this file, those that call it and what they import are: none of them may import torch or transformers at its top.
 """
 
 from collections.abc import Callable, Iterator, Sequence

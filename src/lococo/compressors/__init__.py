@@ -1,6 +1,8 @@
 """The table of compressors: selections, merges, and the names that stand for a pair of them."""
 
 import difflib
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,3 +171,26 @@ def is_trained(name: str) -> bool:
 def modules(compressor: Compressor) -> list[nn.Module]:
     """Return the trainable parts of a compressor."""
     return [part for part in (compressor, getattr(compressor, "merge", None)) if isinstance(part, nn.Module)]
+
+
+def lies_in_a_folder(name: str) -> bool:
+    """Tell whether a compressor's name says where its heads lie."""
+    return Path(name).is_absolute()
+
+
+def fingerprint(compressor: Compressor) -> str:
+    """Return a short hash of what was trained and of what it selects by, wherever it lies; "" where nothing was."""
+    if not modules(compressor):
+        return ""
+    digest = hashlib.sha256(selection_of(compressor).encode())
+    hash_trained(digest, compressor)
+    return digest.hexdigest()[:16]
+
+
+def hash_trained(digest: "hashlib._Hash", compressor: Compressor) -> None:
+    """Add the trainable parts of a compressor, and how they were made, to a hash."""
+    for module in modules(compressor):
+        digest.update(str(getattr(module, "revision", "")).encode())
+        digest.update(json.dumps(getattr(module, "settings", None), sort_keys=True, default=str).encode())
+        for key, tensor in sorted(module.state_dict().items()):
+            digest.update(key.encode() + tensor.detach().float().cpu().numpy().tobytes())

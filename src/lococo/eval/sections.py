@@ -357,7 +357,7 @@ def _far(rows: list[Row], baseline: str) -> Section:
     for row in rows:
         about = [
             *_words(row["model"] or "the default", row["compressor"], row["device"], row["dtype"]),
-            *_wholes(row, "length", "num_slots", "chunk_size"),
+            *_wholes(row, "length", "num_slots", "chunk_size", "tokens", "rounds"),
         ]
         times = [
             cell
@@ -365,11 +365,12 @@ def _far(rows: list[Row], baseline: str) -> Section:
             for cell in (Cell(f"{1e3 * row[figure]:.2f}", row[figure]), _between(*row["ratio"][figure]))
         ]
         lines.append([*about, *times, Cell(mib(row["kv_bytes"]), row["kv_bytes"])])
-    headings = ["model", "compressor", "device", "weights", "tokens before", "slots", "chunk", "ms per token read"]
-    headings += ["times the first line's", "ms per token decoded", "times the first line's", "keys and values"]
+    headings = ["model", "compressor", "device", "weights", "tokens before", "slots", "chunk", "tokens", "rounds"]
+    headings += ["ms per token read", "times the shortest's", "ms per token decoded", "times the shortest's"]
+    headings += ["keys and values"]
     words = (
-        f"The same {rows[0]['tokens']:,} tokens read on behind each length of one text, the lengths taking turns; "
-        f"medians of {rows[0]['rounds']} rounds, and of the ratios within each round with 95 % intervals."
+        "The same tokens read on behind each length of one text, the lengths taking turns; medians of the rounds, and "
+        "of the ratios to the run's shortest length within each round with 95 % intervals."
     )
     return Section("What a long text before costs", words, None, [Sheet("time per token", headings, lines)])
 

@@ -1,10 +1,12 @@
-"""What every test file shares: offline libraries, two threads, the corpora and the default model."""
+"""What every test file shares: offline libraries, one thread, the corpora and the default model."""
 
 import os
 
 # Before anything imports transformers: a test that reaches for the hub fails instead of waiting for it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Tiny models are slower on two threads than on one, and much slower on shared cores; so are commands that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-# Tiny models are slower on two threads than on one, and much slower on shared cores.
 torch.set_num_threads(1)
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -5,13 +5,13 @@ An HTML comment on the line before a fenced block (readers never see it) asks fo
     <!-- run -->             run the block; it needs the default model
     <!-- run: no model -->   run the block; it needs no model
 
-The blocks that run share one temporary directory, in the order of the page, which holds a copy of README.md.
+The blocks that run share one temporary directory, in the order of the page. The README.md there is the beginning of the
+page, several times what the slots hold, since each command reads it anew.
 """
 
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -134,7 +134,8 @@ RUN = [
 def visitor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory in which the README's blocks run."""
     folder = tmp_path_factory.mktemp("visitor")
-    shutil.copy(README, folder)
+    page = README.read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / README.name).write_text("".join(page[:120]), encoding="utf-8")
     return folder
 
 

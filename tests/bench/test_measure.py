@@ -227,16 +227,11 @@ def test_the_peak_is_of_what_came_after_the_reset():
 def test_the_verb_leaves_out_what_is_not_installed(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LOCOCO_CACHE", str(tmp_path / "cache"))
     model, target, picture = save_llama(tmp_path / "model"), tmp_path / "out.jsonl", tmp_path / "out.svg"
-    words = ["bench", "--lengths", "60", "90", "--compressor", "full", "kvpress-snapkv", "h2o", "--num-slots", "32"]
+    words = ["bench", "--lengths", "60", "--compressor", "full", "kvpress-snapkv", "h2o", "--num-slots", "32"]
     words += ["--chunk-size", "16", "--repeats", "1", "--decode-tokens", "2", "--json", str(target)]
     assert cli.main([*words, "--plot", str(picture), "--model", model]) == 0
     rows = [json.loads(line) for line in target.read_text().splitlines()]
-    assert [(row["compressor"], row["length"]) for row in rows] == [
-        ("full", 60),
-        ("h2o", 60),
-        ("full", 90),
-        ("h2o", 90),
-    ]
+    assert [(row["compressor"], row["length"]) for row in rows] == [("full", 60), ("h2o", 60)]
     for row in rows:
         assert row["prefill_tokens_per_s"] == pytest.approx(row["length"] / row["time_to_first_token_s"])
         assert row["roofline"]["decode_tokens_per_s"] > 0

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
-import torch
 from one_extension import RECIPE, WORDS, Letters, corpus_in, tuning, whole
 
 from lococo.errors import ArgumentError, DocumentError
@@ -42,9 +41,11 @@ def test_two_processes_that_are_killed_and_go_on_tune_as_one_with_accumulation(t
     assert record["tokens"] == other["tokens"] == 3 * 2 * 128
     assert one.keys() == two.keys()
     for name, tensor in one.items():
-        # A constant that is added to all weights of a merge changes nothing: that bias is moved by rounding alone.
+        # Adam divides a gradient by its own size, so that rounding moves a weight whose gradient is nearly nought
+        # further than others: tensors are compared, not weights. That bias is nothing else: a constant that is added
+        # to all weights of a merge changes nothing.
         if not name.endswith("out.bias"):
-            torch.testing.assert_close(tensor, two[name], rtol=1e-4, atol=1e-5)
+            assert (tensor - two[name]).norm() < 5e-5 * tensor.norm(), name
 
 
 def test_shards_are_read_by_the_same_number_of_chunks_or_refused(tmp_path):

@@ -60,6 +60,14 @@ def book(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are caught and rewritten as always, and run as they stand: a C++ compiler takes seconds for each loop."""
+    from torch._inductor import compile_fx
+
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda graph, inputs, **settings: graph)
+
+
+@pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of their own for what is converted."""
     folder = tmp_path / "cache"

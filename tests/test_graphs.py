@@ -1,5 +1,6 @@
 import copy
 
+import pytest
 import torch
 from families import tiny, tokens
 from peft import LoraConfig, get_peft_model
@@ -28,6 +29,7 @@ def doubled(block, values, more):
     return result if more is None else result + more
 
 
+@pytest.mark.usefixtures("traced")
 def test_what_changes_in_a_module_is_seen_and_compiled_once():
     torch.manual_seed(0)
     block, values = nn.Sequential(Block()), torch.randn(1, 4)
@@ -65,6 +67,7 @@ def test_what_changes_in_a_module_is_seen_and_compiled_once():
     assert same() == 7
 
 
+@pytest.mark.usefixtures("traced")
 def test_what_may_look_at_anything_runs_as_it_is_written():
     block, values = Block(), torch.randn(1, 4)
     compiled, seen = graphs.Graphs(doubled, block), []
@@ -88,6 +91,7 @@ def test_what_may_look_at_anything_runs_as_it_is_written():
     assert same() == 0
 
 
+@pytest.mark.usefixtures("traced")
 def test_a_module_that_never_stays_the_same_is_not_compiled_again_and_again():
     block, values = Block(), torch.randn(1, 4)
     compiled = graphs.Graphs(doubled, block)
@@ -100,6 +104,7 @@ def test_a_module_that_never_stays_the_same_is_not_compiled_again_and_again():
     assert counters["stats"]["unique_graphs"] <= graphs.MOST_STATES
 
 
+@pytest.mark.usefixtures("traced")
 def test_weights_of_other_strides_are_another_kind():
     block, values = Block(), torch.randn(1, 4)
     compiled = graphs.Graphs(doubled, block)
@@ -109,6 +114,7 @@ def test_weights_of_other_strides_are_another_kind():
             assert torch.allclose(compiled(0, block, values, None), doubled(block, values, None), atol=1e-6)
 
 
+@pytest.mark.usefixtures("traced")
 @torch.no_grad()
 def test_the_last_step_is_compiled_for_any_number_of_models():
     for width in range(2, 14):
@@ -116,6 +122,7 @@ def test_the_last_step_is_compiled_for_any_number_of_models():
         assert torch.allclose(graphs.linear_step(row, weight, None), weight @ row, atol=1e-5)
 
 
+@pytest.mark.usefixtures("traced")
 def test_a_graph_of_one_object_is_not_that_of_another():
     one, other = Block(), Block()
     other.factor = 9.0
@@ -126,6 +133,7 @@ def test_a_graph_of_one_object_is_not_that_of_another():
             assert torch.allclose(compiled(0, block, values, None), doubled(block, values, None), atol=1e-6)
 
 
+@pytest.mark.usefixtures("traced")
 def test_adapters_taken_away_between_two_steps_are_gone():
     torch.manual_seed(0)
     model, ids = copy.deepcopy(tiny()), tokens(1, 24)

@@ -6,7 +6,7 @@ An HTML comment on the line before a fenced block (readers never see it) asks fo
     <!-- run: no model -->   run the block; it needs no model
 
 The blocks that run share one temporary directory, in the order of the page. The README.md there is the beginning of the
-page, several times what the slots hold, since each command reads it anew.
+page, of more tokens than the slots hold, since each command reads it anew.
 """
 
 import os
@@ -135,7 +135,7 @@ def visitor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory in which the README's blocks run."""
     folder = tmp_path_factory.mktemp("visitor")
     page = README.read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder / README.name).write_text("".join(page[:120]), encoding="utf-8")
+    (folder / README.name).write_text("".join(page[:70]), encoding="utf-8")
     return folder
 
 

@@ -17,20 +17,27 @@ from lococo.train.packing import packed_window
 from lococo.tuned import ADAPTER, RECORD
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Folder of a text and of what one process makes of it."""
+    folder = tmp_path_factory.mktemp("alone")
+    corpus_in(folder / "text", WORDS, WORDS[7:])
+    whole(folder / "text", folder / "1")
+    return folder
+
+
 @pytest.mark.parametrize("weights", ["whole", "shard"])
-def test_two_processes_that_are_killed_and_go_on_tune_as_one_with_accumulation(tmp_path, weights):
-    corpus_in(tmp_path / "text", WORDS, WORDS[7:])
-    whole(tmp_path / "text", tmp_path / "1")
+def test_two_processes_that_are_killed_and_go_on_tune_as_one_with_accumulation(tmp_path, alone, weights):
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = str(Path(__file__).with_name("one_extension.py"))
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     for killed_after in (2, 0):
-        arguments = [str(tmp_path / "text"), str(tmp_path / "2"), str(killed_after), weights]
+        arguments = [str(alone / "text"), str(tmp_path / "2"), str(killed_after), weights]
         command = [sys.executable, *launch, script, *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert (done.returncode != 0) == (killed_after > 0), done.stderr
     ended = []
-    for folder in (tmp_path / "1", tmp_path / "2"):
+    for folder in (alone / "1", tmp_path / "2"):
         files = {name: safetensors.torch.load_file(folder / name) for name in (ADAPTER, "heads/model.safetensors")}
         losses = [float(line) for line in folder.with_suffix(".losses").read_text().split()]
         record = json.loads((folder / RECORD).read_text())["training"]

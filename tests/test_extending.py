@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from commands import SLOTS, SMALL, WORDS, refused, save_llama
 
-from lococo import cli
+from lococo import cli, tuned
 from lococo.eval.positions import summary
 
 TUNE = ["--num-slots", "24", "--chunk-size", "16", "--length", "64", "--steps", "2", "--held-out-windows", "1"]
@@ -93,9 +93,10 @@ def test_models_are_compared_by_place_in_the_text(
 
 
 def test_a_merged_model_answers_as_the_tuned_one(
-    made: Path, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Path, book: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cli.main(["merge", str(made), "-o", str(tmp_path / "whole"), "--json"]) == 0
+    monkeypatch.setattr(tuned, "shipped", lambda: {"Tuned-32K": made})
+    assert cli.main(["merge", "Tuned-32K", "-o", str(tmp_path / "whole"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"path": str(tmp_path / "whole")}
     answers = []
     for model in (made, tmp_path / "whole"):

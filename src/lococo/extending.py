@@ -41,7 +41,7 @@ def merge(
     """Write a tuned model as an ordinary checkpoint, LoRA and norms in its weights, its heads beside them.
 
     Args:
-        folder: That `lococo extend` wrote.
+        folder: That `lococo extend` wrote, or the name of a tuned model that comes with lococo.
         output: Folder to make, which is complete or absent.
         dtype: Floating-point type of the weights; auto takes the one of the base.
         trust_remote_code: Run Python code that the base brings along.
@@ -49,8 +49,10 @@ def merge(
     """
     from lococo import tuned
 
-    target = Path(output).expanduser()
-    tuned.merge(Path(folder).expanduser(), target, dtype=dtype, trust_remote_code=trust_remote_code)
+    source, target = Path(folder).expanduser(), Path(output).expanduser()
+    if not source.is_dir():
+        source = tuned.shipped().get(folder, source)
+    tuned.merge(source, target, dtype=dtype, trust_remote_code=trust_remote_code)
     print(f"saved as {target}", file=human(json))
     if json:
         print(jsonlib.dumps({"path": str(target)}))

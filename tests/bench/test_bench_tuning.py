@@ -18,13 +18,19 @@ def test_a_step_is_measured_at_each_length(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tuning, "in_new_process", measured)
     file = tmp_path / "rows.jsonl"
-    tuning.main("texts", str(file), lengths=(1024, 2048), num_slots=64)
+    assert tuning.main("texts", str(file), lengths=(1024, 2048), num_slots=64) == 0
     assert asked == [
         ("tuning", name, n, n if name == "full" else 256) for n in (1024, 2048) for name in ("auto", "full")
     ]
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["peak_memory_bytes"] for row in rows] == [7, 7, 7, None]
     assert rows[3]["failed"] == "out of memory"
+    # What was measured is kept, whatever else is asked for; what failed is tried again.
+    asked.clear()
+    assert tuning.main("texts", str(file), lengths=(2048,), num_slots=64, compressor=("full",)) == 1
+    assert tuning.main("texts", str(file), lengths=(1024, 2048), num_slots=64) == 0
+    assert asked == [("tuning", "full", 2048, 2048)] * 2
+    assert [json.loads(line)["peak_memory_bytes"] for line in file.read_text().splitlines()] == [7, 7, 7, None]
     with pytest.raises(ArgumentError, match="one or more of each"):
         tuning.main("texts", str(file), lengths=())
 

@@ -27,6 +27,9 @@ def test_each_length_has_its_row(tmp_path, capsys):
             assert low <= middle <= high
     assert all(ratio == [1.0, 1.0, 1.0] for ratio in rows[0]["ratio"].values())
     assert "96 tokens read" in capsys.readouterr().out
+    far.main(str(tmp_path / "a.txt"), str(file), (24, 48, 96), rounds=6, model=str(tmp_path / "m"), **few)
+    assert "tokens read" not in capsys.readouterr().out
+    assert [json.loads(line) for line in file.read_text().splitlines()] == rows
 
 
 def held(cache):

@@ -24,7 +24,24 @@ def test_what_is_absent_says_how_to_get_it(monkeypatch, tmp_path):
     python = peers.python_of("kvpress")
     python.parent.mkdir(parents=True)
     python.touch()
+    # So it is left when an installation was interrupted.
+    assert PEERS["kvpress-snapkv"].absent().startswith("kvpress is not installed")
+    (peers.environment("kvpress") / "lib" / "python3.11" / "site-packages" / "kvpress").mkdir(parents=True)
     assert PEERS["kvpress-snapkv"].absent() == ""
+
+
+def test_what_cannot_be_installed_does_not_keep_the_other_from_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("LOCOCO_CACHE", str(tmp_path))
+    asked = []
+
+    def run(command, **options):
+        asked.append(command[-1])
+        return SimpleNamespace(returncode=int(command[-1] == "llama-cpp-python"))
+
+    monkeypatch.setattr(peers.subprocess, "run", run)
+    monkeypatch.setattr(peers.venv, "create", lambda *args, **options: None)
+    assert peers.install() == 1
+    assert asked == ["llama-cpp-python", "kvpress"]
 
 
 def test_kvpress_runs_in_its_own_environment_with_files_that_transformers_reads(monkeypatch, tmp_path):

@@ -50,6 +50,26 @@ def test_documents_that_fill_no_window_are_drawn_only_where_they_are_asked_for(t
     assert sum(len(pieces) > 1 for pieces in drawn) > 6
 
 
+class Words(Letters):
+    """Takes words for tokens, of however many bytes."""
+
+    def __call__(self, text, **options):
+        return {"input_ids": [int(word) for word in text.split() if len(word) == 12]}
+
+
+def test_tokens_of_many_bytes_fill_a_window(tmp_path):
+    words = range(10**11, 10**11 + 70)
+    corpus = corpus_in(tmp_path, " ".join(map(str, words)))
+    corpus.tokenizer = Words()
+    check_longest(corpus, 70)
+    with pytest.raises(DocumentError, match="the longest has 70"):
+        check_longest(corpus, 71)
+    drawn = windows(corpus)
+    assert all(piece == list(range(piece[0], piece[0] + 64)) for [piece] in drawn)
+    assert len({piece[0] for [piece] in drawn}) > 1
+    assert corpus.window(0, 0, length=40, least=40)[0] in words
+
+
 def test_a_single_token_is_left_over(tmp_path):
     pieces = packed_window(corpus_in(tmp_path, "a" * 21), 0, 0, length=64, begin="random")
     assert [len(piece) for piece in pieces] == [21, 21, 21]

@@ -25,7 +25,7 @@ from lococo.eval.metrics import interval
 from lococo.files import output_file
 from lococo.models import load_model
 from lococo.reader import prefill
-from lococo.results import results_file
+from lococo.results import key_of, results_file
 
 Row = dict[str, Any]
 
@@ -127,16 +127,23 @@ def main(
         results_file(output_file(json)) as results,
         attach(loaded, compressor, num_slots=num_slots, chunk_size=chunk_size) as slots,
     ):
-        cache, kept, seen = slots.new_cache(), [], 0
-        for length in lengths:
-            prefill(loaded, ids[:, seen:length], cache)
-            kept.append(fork(cache))
-            seen = length
-            print(f"{length:,} tokens read", flush=True)
-        measured = behind(loaded, kept, ids[:, :tokens], decode_tokens=decode_tokens, rounds=rounds)
-        for length, held, own in zip(lengths, kept, measured, strict=True):
-            row = about | {"length": length, "kv_bytes": kv_nbytes(held)} | compared(own, measured[0])
-            results.add(row)
+
+        def measured() -> list[Row]:
+            cache, kept, seen = slots.new_cache(), [], 0
+            for length in lengths:
+                prefill(loaded, ids[:, seen:length], cache)
+                kept.append(fork(cache))
+                seen = length
+                print(f"{length:,} tokens read", flush=True)
+            times = behind(loaded, kept, ids[:, :tokens], decode_tokens=decode_tokens, rounds=rounds)
+            return [
+                about | {"length": length, "kv_bytes": kv_nbytes(held)} | compared(own, times[0])
+                for length, held, own in zip(lengths, kept, times, strict=True)
+            ]
+
+        key = key_of(about | {"lengths": list(lengths), "ids": ids.tolist()}) + slots.fingerprint()
+        results.together(key, len(lengths), measured)
+        for row in results.rows:
             print(row, flush=True)
 
 

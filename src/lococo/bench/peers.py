@@ -42,7 +42,12 @@ class Peer:
 
     def absent(self) -> str:
         """Say why it cannot be measured here; "" if it can."""
-        there = python_of(self.needs).exists() if self.apart else not self.needs or find_spec(self.needs) is not None
+        if self.apart:  # its environment may be there without it, if an installation was interrupted
+            of_its_own = environment(self.needs)
+            packages = [*of_its_own.glob("lib/python*/site-packages"), of_its_own / "Lib" / "site-packages"]
+            there = any((folder / self.needs).is_dir() for folder in packages)
+        else:
+            there = not self.needs or find_spec(self.needs) is not None
         return "" if there else f"{self.needs} is not installed; {INSTALL}"
 
 
@@ -194,17 +199,23 @@ PEERS: dict[str, Peer] = {
 }
 
 
-def install() -> None:
-    """Install llama-cpp-python here and kvpress beside; needs a C++ compiler, CMake, and some minutes."""
+def install() -> int:
+    """Install llama-cpp-python here and kvpress beside; needs a C++ compiler, CMake, and some minutes.
+
+    Returns:
+        0; another number if one could not be installed, which does not keep the other from it.
+    """
     from importlib.metadata import version
 
     pip = ["-m", "pip", "install", "--quiet"]
-    subprocess.run([sys.executable, *pip, "llama-cpp-python"], check=True)
+    first = subprocess.run([sys.executable, *pip, "llama-cpp-python"], check=False)
     folder = environment("kvpress")
     venv.create(folder, with_pip=True, clear=True)
     python = str(python_of("kvpress"))
-    subprocess.run([python, *pip, f"torch=={version('torch').partition('+')[0]}", "kvpress"], check=True)
+    torch = f"torch=={version('torch').partition('+')[0]}"
+    second = subprocess.run([python, *pip, torch, "kvpress"], check=False)
+    return first.returncode or second.returncode
 
 
 if __name__ == "__main__":
-    install()
+    sys.exit(install())

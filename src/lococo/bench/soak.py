@@ -17,13 +17,14 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 from urllib.parse import urlsplit
 
+from lococo.atomic import write_atomically
 from lococo.documents import demo_text
 from lococo.errors import LococoError
+from lococo.files import output_file
 
 SAMPLE_SECONDS = 1.0
 TIMEOUT = 600.0
@@ -266,11 +267,12 @@ def main(
         growth: The most that is right, of the memory as a share.
         json: File for the figures; they are printed in any case.
     """
+    target = None if json is None else output_file(json)
     seen = soak(url, clients=clients, seconds=seconds, prompts=prompts, characters=characters, tokens=tokens)
     text = _dumped(seen)
-    if json is not None:
-        Path(json).write_text(text + "\n", "utf-8")
     print(text)
+    if target is not None:
+        write_atomically(target, f"{text}\n".encode())
     sound = seen.answers and not seen.errors and not seen.wrong
     return 0 if sound and seen.speedup >= speedup and seen.growth <= growth else 1
 

@@ -7,15 +7,17 @@ without slots. Figures come as JSON, one object per line.
 """
 
 import gc
+import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from lococo.bench.measure import in_new_process, peak_memory, reset_peak
 from lococo.errors import ArgumentError, LococoError
 from lococo.files import output_file
-from lococo.results import results_file
+from lococo.results import key_of, results_file
 from lococo.train.extension import FULL, Extension
 
 Row = dict[str, Any]
@@ -45,7 +47,8 @@ def step(recipe: Row, data: str, model: str | None, dtype: str, device: str | No
 
     asked = replace(Extension(**recipe), steps=2)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
-    corpus, _ = corpus_of([data], tokenizer, documents=1, seed=asked.seed)
+    part, held_out = corpus_of([data], tokenizer, documents=1, seed=asked.seed)
+    corpus = part.joined(held_out)  # nothing is held out: the only long document may lie there
     check_longest(corpus, asked.length)
     chunk = min(asked.chunk_size, 256)
     short = replace(asked, steps=1, chunk_size=chunk, length=-(-asked.num_slots // chunk) * chunk + 2 * chunk)
@@ -72,8 +75,10 @@ def main(
     model: str | None = None,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
     device: str | None = None,
-) -> None:
+) -> int:
     """Measure memory and time of one step of tuning at each length; one that fails, for want of memory say, is told so.
+
+    Run again, an interrupted measurement goes on.
 
     Args:
         data: Folder of text, see `lococo extend`, with a document as long as the largest length.
@@ -86,6 +91,9 @@ def main(
         model: A hub id, a folder or a GGUF file; the embedded default by default.
         dtype: Floating-point type of the weights.
         device: Where to compute; the CPU by default.
+
+    Returns:
+        0; 1 if no step could be measured.
     """
     if not lengths or not compressor:
         raise ArgumentError("expected lengths and compressors, one or more of each")
@@ -100,15 +108,16 @@ def main(
         for recipe in recipes:
             row: Row = {"task": "tuning-memory", "dtype": dtype, "device": device or "cpu"}
             row |= {name: getattr(recipe, name) for name in ("compressor", "length", "num_slots", "chunk_size")}
+            of_step = of_model | {"recipe": asdict(recipe)}
             try:
-                row |= in_new_process("tuning", of_model | {"recipe": asdict(recipe)})
+                results.measured(row, partial(in_new_process, "tuning", of_step), of=key_of(of_step))
             except LococoError as error:
-                row |= dict.fromkeys(FIGURES) | {"failed": str(error)[:200]}
-            results.add(row)
-            print(row, flush=True)
+                results.add(row | dict.fromkeys(FIGURES) | {"failed": str(error)[:200]})
+            print(results.rows[-1], flush=True)
+    return int(all("failed" in row for row in results.rows))
 
 
 if __name__ == "__main__":
     from jsonargparse import auto_cli
 
-    auto_cli(main)
+    sys.exit(auto_cli(main))

@@ -131,7 +131,7 @@ def _measured(
     with attachment:
         for window in windows:
             scores = score(model, torch.tensor([window]), attachment.new_cache())
-            nll.append(-scores[0, uncounted - 1 :].double().mean().item())
+            nll.append(-scores[0, uncounted - 1 :].cpu().double().mean().item())
             counted(len(nll))
     counts = [len(window) - uncounted for window in windows]
     gaps = [mine - theirs for mine, theirs in zip(nll, full or nll, strict=True)]

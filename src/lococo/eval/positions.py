@@ -184,7 +184,7 @@ class _Reading:
         """Return the parts of one document."""
         if self.scores is None:
             with self.attachment:
-                self.scores = score(self.model, torch.tensor(self.ids), self.attachment.new_cache()).double()
+                self.scores = score(self.model, torch.tensor(self.ids), self.attachment.new_cache()).cpu().double()
         parts = []
         for begin, end in pairwise([0, *self.ends]):
             # Score n is of token n + 1, since the first token is not foreseen.

@@ -120,7 +120,7 @@ def _positions(rows: list[Row], baseline: str) -> Section:
             about = _words(model, name)
             parts.append([*about, *(Cell("", "") if r is None else _with_ends(r, "nll") for r in found)])
             so_far.append([*about, *(Cell("", "") if r is None else _number(r["nll_so_far"]) for r in found)])
-        headings = ["model", "compressor", *(f"up to {end:,}" for end in ends)]
+        headings = ["model", "compressor", *_ends_of(list(cells.values()), ends)]
         sheets.append(Sheet(f"{domain}: nats per token by place in the text", headings, parts))
         sheets.append(Sheet(f"{domain}: nats per token of all that was read so far", headings, so_far))
     words = (
@@ -129,6 +129,14 @@ def _positions(rows: list[Row], baseline: str) -> Section:
         "window; 95 % intervals, bootstrap over documents."
     )
     return Section("What is foreseen far beyond the window", words, lambda: plots.positions(rows), sheets)
+
+
+def _ends_of(rows: list[Row], ends: list[int]) -> list[str]:
+    """Head the columns; where not all hold the same number of documents, with how many are as long."""
+    counts = {end: sorted({row["documents"] for row in rows if row["length"] == end}) for end in ends}
+    if len({count for some in counts.values() for count in some}) == 1:
+        return [f"up to {end:,}" for end in ends]
+    return [f"up to {end:,} (documents: {' or '.join(map(str, some))})" for end, some in counts.items()]
 
 
 def _needle(rows: list[Row], baseline: str) -> Section:

@@ -21,7 +21,7 @@ from lococo.train import hub
 
 SUFFIXES = (".txt", ".jsonl")
 
-# Bytes of text that a token stands for, at most, in nearly all text: how much is read for a window.
+# Bytes of text that a token stands for, at most, in nearly all text: how much is read for a window at first.
 BYTES_PER_TOKEN = 6
 
 # Documents that a window is looked for in when drawing has found none.
@@ -101,20 +101,37 @@ class Corpus:
                 continue
             document = draw.choices(documents, weights)[0]
             start = int(draw.random() * max(1, document.nbytes - 3 * length))
-            text = document.read(start, length * BYTES_PER_TOKEN)
-            # The first word may be cut.
-            ids = self.tokenizer(text.partition(" ")[2] or text, add_special_tokens=False)["input_ids"][:length]
+            ids = self.tokens(document, start, length, cut=True)
             if len(ids) >= least:
-                return list(ids)
+                return ids
         # By chance none was long enough: a training that has begun must not end here.
         for document in draw.sample(longest := self._longest(), len(longest)):
-            ids = self.tokenizer(document.read(0, length * BYTES_PER_TOKEN), add_special_tokens=False)["input_ids"]
+            ids = self.tokens(document, 0, length, cut=False)
             if len(ids) >= least:
-                return list(ids[:length])
+                return ids
         raise DocumentError(
             f"expected documents of at least {least} tokens, found hardly any; "
             "train with fewer slots, a smaller chunk_size or longer documents"
         )
+
+    def tokens(self, document: Document, start: int, most: int, *, cut: bool) -> list[int]:
+        """Return up to so many tokens of a document, all there are from a place on; short of them only at its end.
+
+        Args:
+            document: One of these.
+            start: The first byte.
+            most: Tokens at most.
+            cut: The first word may have been cut; begin with the one after it.
+        """
+        nbytes = most * BYTES_PER_TOKEN
+        while True:
+            text = document.read(start, nbytes)
+            if cut:
+                text = text.partition(" ")[2] or text
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"][:most]
+            if len(ids) == most or start + nbytes >= document.nbytes:
+                return list(ids)
+            nbytes *= 2
 
     def _longest(self) -> list[Document]:
         return heapq.nlargest(LONGEST, chain.from_iterable(self.domains.values()), key=lambda d: d.nbytes)

@@ -171,7 +171,8 @@ class Training:
         """Take the next step, or those of a window that is read in stretches."""
         num_slots = self.lessons.turns[self.step % len(self.lessons.turns)]
         for mean, count in self._readings(num_slots):
-            both = torch.tensor([mean, count], dtype=torch.float64, device=self.device)
+            exact = torch.float32 if self.device.type == "mps" else torch.float64  # which Apple's GPUs lack
+            both = torch.tensor([mean, count], dtype=exact, device=self.device)
             loss, tokens = self.accelerator.reduce(both, "sum")
             self._update(loss)
             yield {"num_slots": num_slots, "loss": loss.item(), "tokens": int(tokens)}

@@ -87,9 +87,10 @@ def check_longest(corpus: Corpus, length: int) -> None:
 
 
 def _piece(corpus: Corpus, document: Document, place: float, most: int) -> list[int]:
-    """Return at most so many tokens of a document, from a place (0 to 1) that leaves as many behind it."""
+    """Return so many tokens of a document, or all it has, from a place (0 to 1) that leaves as many behind it."""
     start = int(place * max(0, document.nbytes - BYTES_PER_TOKEN * most))
-    text = document.read(start, most * BYTES_PER_TOKEN)
-    if start:  # the first word may be cut
-        text = text.partition(" ")[2] or text
-    return list(corpus.tokenizer(text, add_special_tokens=False)["input_ids"][:most])
+    while True:
+        ids = corpus.tokens(document, start, most, cut=start > 0)
+        if len(ids) == most or start == 0:
+            return ids
+        start = max(0, 2 * start - document.nbytes)  # with twice as many bytes behind it

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lococo.attachment import window_of
@@ -18,7 +19,7 @@ from lococo.train.calibration import layer_weights
 from lococo.train.data import Corpus, Document, corpus_of, split
 from lococo.train.hub import PREFIX
 from lococo.train.lessons import HeadLessons
-from lococo.train.loop import head_training
+from lococo.train.loop import head_training, placed
 from lococo.train.recall import recall_window
 from lococo.train.recipe import Recipe
 from lococo.train.scores import Example, collect, fit
@@ -98,7 +99,9 @@ def train(
         budgets = {}
         for num_slots in recipe.calibrate_at:
             say(f"measuring the layers' shares of {num_slots} slots")
-            budgets[num_slots] = _weights(model, corpus, recipe, num_slots, say)
+            weights = _weights(placed(model), corpus, recipe, num_slots, say)
+            # Processes that rounded otherwise must not share out otherwise.
+            budgets[num_slots] = list(broadcast_object_list(weights))
         heads = new_heads(model, recipe, budgets)
         training = head_training(model, heads, corpus, recipe)
     lessons = HeadLessons(model, of_heads(heads, heads.kind), held_out, recipe)

@@ -240,14 +240,15 @@ def test_parts_that_were_not_read_are_empty_cells():
     rows = [same | {"compressor": "full", "parts": [first]}, same | {"compressor": "h2o", "parts": [first, second]}]
     [section] = sections.sections(rows)
     assert [[cell.text for cell in line] for line in section.sheets[0].lines] == [
-        ["m", "full", "2.000 (2.000 to 2.000)", ""],
-        ["m", "h2o", "2.000 (2.000 to 2.000)", "2.250 (2.250 to 2.250)"],
+        ["m", "full", "2.000", ""],
+        ["m", "h2o", "2.000", "2.250"],
     ]
     section.picture()
     assert section.sheets[0].headings[2:] == ["up to 100", "up to 200"]
     # One more document, which ends before: means of other documents do not stand beside each other unsaid.
     [section] = sections.sections([*rows, rows[0], rows[0] | {"compressor": "h2o"}])
     assert section.sheets[0].headings[2:] == ["up to 100 (documents: 2)", "up to 200 (documents: 1)"]
+    assert [cell.text for cell in section.sheets[0].lines[1][2:]] == ["2.000 (2.000 to 2.000)", "2.250"]
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def _positions(rows: list[Row], baseline: str) -> Section:
         for model, name in dict.fromkeys((model, name) for model, name, _ in cells):
             found = [cells.get((model, name, end)) for end in ends]
             about = _words(model, name)
-            parts.append([*about, *(Cell("", "") if r is None else _with_ends(r, "nll") for r in found)])
+            parts.append([*about, *(Cell("", "") if r is None else _of_documents(r) for r in found)])
             so_far.append([*about, *(Cell("", "") if r is None else _number(r["nll_so_far"]) for r in found)])
         headings = ["model", "compressor", *_ends_of(list(cells.values()), ends)]
         sheets.append(Sheet(f"{domain}: nats per token by place in the text", headings, parts))
@@ -129,6 +129,11 @@ def _positions(rows: list[Row], baseline: str) -> Section:
         "window; 95 % intervals, bootstrap over documents."
     )
     return Section("What is foreseen far beyond the window", words, lambda: plots.positions(rows), sheets)
+
+
+def _of_documents(row: Row) -> Cell:
+    """Show a mean over documents with its interval, which one document does not have."""
+    return _number(row["nll"]) if row["documents"] == 1 else _with_ends(row, "nll")
 
 
 def _ends_of(rows: list[Row], ends: list[int]) -> list[str]:

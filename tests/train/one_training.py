@@ -46,11 +46,16 @@ def training(folder, *, resumed=None, model=None, **options):
     return head_training(model, resumed or new_heads(model, recipe), corpus, recipe)
 
 
+def figures_of(training):
+    """Train, and return what must not depend on how many processes do."""
+    losses = []
+    training.run(lambda row: losses.append(row["loss"]))
+    total = sum(parameter.double().abs().sum().item() for parameter in training.trained.heads.parameters())
+    return {"processes": training.accelerator.num_processes, "losses": losses, "sum": total}
+
+
 if __name__ == "__main__":
     one = training(Path(sys.argv[1]))
-    losses = []
-    one.run(lambda row: losses.append(row["loss"]))
+    figures = figures_of(one)
     if one.accelerator.is_main_process:
-        total = sum(parameter.double().abs().sum().item() for parameter in one.trained.heads.parameters())
-        figures = {"processes": one.accelerator.num_processes, "losses": losses, "sum": total}
         Path(sys.argv[2]).write_text(json.dumps(figures))

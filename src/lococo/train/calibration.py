@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from lococo.budgets import calibration_weights
@@ -25,7 +26,7 @@ def layer_weights(
     seed: int = 0,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[float]:
-    """Measure how many slots each layer needs beside the others; see `calibration_weights`.
+    """Measure how many slots each layer needs beside the others, the same in all processes; see `calibration_weights`.
 
     Args:
         model: Not attached.
@@ -45,7 +46,7 @@ def layer_weights(
     for number in range(windows):
         ids = corpus.window(seed, number, length=length, least=num_slots + 2 * chunk_size)
         alike.setdefault(len(ids), []).append(ids)
-    return calibration_weights(
+    weights = calibration_weights(
         model,
         [torch.tensor(same[i : i + batch]) for same in alike.values() for i in range(0, len(same), batch)],
         compressor=compressor,
@@ -55,3 +56,5 @@ def layer_weights(
         power=power,
         progress=say,
     )
+    # Processes that rounded otherwise must not share out otherwise.
+    return list(broadcast_object_list(weights))

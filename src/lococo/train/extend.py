@@ -5,7 +5,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lococo.attachment import window_of
@@ -162,7 +161,7 @@ def _share_out(
     heads = cast(LearnedHeads, tuning.heads)
     if WEIGHTS not in training.notes:
         say(f"measuring which layers need their share of {recipe.num_slots} slots")
-        weights = layer_weights(
+        training.notes[WEIGHTS] = layer_weights(
             training.lessons.model,
             heads,
             corpus,
@@ -175,8 +174,6 @@ def _share_out(
             seed=recipe.seed + 1,
             say=say,
         )
-        # Processes that rounded otherwise must not share out otherwise.
-        training.notes[WEIGHTS] = list(broadcast_object_list(weights))
     heads.form = replace(heads.form, budgets=heads.form.budgets | {recipe.num_slots: training.notes[WEIGHTS]})
 
 

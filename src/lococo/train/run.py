@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lococo.attachment import window_of
@@ -99,9 +98,7 @@ def train(
         budgets = {}
         for num_slots in recipe.calibrate_at:
             say(f"measuring the layers' shares of {num_slots} slots")
-            weights = _weights(placed(model), corpus, recipe, num_slots, say)
-            # Processes that rounded otherwise must not share out otherwise.
-            budgets[num_slots] = list(broadcast_object_list(weights))
+            budgets[num_slots] = _weights(placed(model), corpus, recipe, num_slots, say)
         heads = new_heads(model, recipe, budgets)
         training = head_training(model, heads, corpus, recipe)
     lessons = HeadLessons(model, of_heads(heads, heads.kind), held_out, recipe)
